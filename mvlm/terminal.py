@@ -9,7 +9,7 @@ import sys
 from typing import TextIO
 
 from mvlm_dataloading.untrusted import printable
-from mvlm_dataloading.urls import hidden
+from mvlm_dataloading.urls import hidden, intact
 
 
 def say(text: object, *, end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
@@ -18,8 +18,8 @@ def say(text: object, *, end: str = "\n", file: TextIO | None = None, flush: boo
 
 
 def visible(text: object) -> str:
-    """A text with control characters but line ends and tabs escaped, and without the credentials of URLs."""
-    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in hidden(str(text)).split("\n"))
+    """A text with control characters but line ends and tabs escaped. URLs have both slashes, and no credentials."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in hidden(intact(text)).split("\n"))
 
 
 class VisibleFormatter(logging.Formatter):

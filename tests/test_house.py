@@ -64,6 +64,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
     "triton_proof": [
         {"__main__", "plugin"},
         {"driver", "autotune"},
+        {"coverage", "variants"},
         {"program"},
         {"machine"},
         {"report", "scalar", "arguments"},

@@ -15,7 +15,7 @@ def kernels(
     *,
     ops: tuple[str, ...] = (),
     peers: tuple[str, ...] = (),
-    out: Path = Path("benchmarks/results"),
+    out: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     quick: bool = False,
@@ -27,7 +27,7 @@ def kernels(
     Args:
         ops: Ops to time. Default: all.
         peers: Implementations to compare with. Default: all. Those not installed are listed as missing.
-        out: Folder for the CSV and the plot.
+        out: Folder for a CSV and a plot. Default: nothing is written.
         device: auto, cpu or cuda. On a CPU, the torch references are timed instead of the kernels, and the results say
             so.
         dtype: auto, bf16, fp16 or fp32. auto is bf16 on a GPU and fp32 on a CPU.
@@ -89,7 +89,7 @@ def step(
 
 def data(
     *,
-    data: Path = Path("data/photos"),
+    data: Path | None = None,
     images: int = 3000,
     contenders: tuple[str, ...] = (),
     recipes: tuple[str, ...] = (),
@@ -106,9 +106,8 @@ def data(
     """Time the data loader against other loaders on the same shards, without a model.
 
     Args:
-        data: Folder of shards. If it does not exist, a data set of scikit-image's and scikit-learn's photographs is
-            built there.
-        images: Images of the data set, if it is built.
+        data: Folder of shards. Default: data/photos, of scikit-image's and scikit-learn's photographs, which is built.
+        images: Images of the photographs, if they are built.
         contenders: ours, ours+kept, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg. Default: all.
         recipes: crop, crop+randaug. Default: both.
         rounds: Rounds. Each contender has one turn per round.

@@ -15,18 +15,19 @@ MACHINE_COLUMNS = (
 
 
 def heading(about: dict[str, Any]) -> str:
-    """One line about the machine (`machine.describe`). On a CPU, a second line says that no Triton kernel runs."""
+    """One line about the machine (`machine.describe`). On a CPU, a line before it says that no Triton kernel runs."""
     commit = about["commit"] + (" with changes" if about["dirty"] is True else "")
     facts = [
         about["device"], about["driver"] and f"driver {about['driver']}", f"torch {about['torch']}",
         about["triton"] and f"triton {about['triton']}", commit and f"commit {commit}", about["date"],
     ]  # fmt: skip
-    lines = [", ".join(fact for fact in facts if fact)]
+    line = ", ".join(fact for fact in facts if fact)
     if about["figures"].startswith("CPU"):
-        lines.append(
-            "These are CPU timings of the torch references. No Triton kernel runs; do not read them as kernel timings."
+        notice = (
+            "These are CPU timings of the torch references. No Triton kernel runs: do not read them as its timings."
         )
-    return "\n".join(lines)
+        return f"{notice}\n{line}"
+    return line
 
 
 def file_stem(*words: str) -> str:

@@ -14,6 +14,8 @@ from .errors import DataError
 WEB = ("http", "https")
 """Schemes whose URLs have a host and may have a user, a password and a query."""
 _URL = re.compile(r"(s3|gs|hf|https?):(/+)(.*)", re.DOTALL)
+_ONE_SLASH = re.compile(r"\b(s3|gs|hf|https?):/(?=[^/\s])")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9]+:/")
 _HOST = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?")
 _BUCKET = {"s3": 3, "gs": 3, "hf": 1}
 """Least number of characters of the first part of a path, behind the scheme."""
@@ -81,6 +83,20 @@ def _malformed(scheme: str) -> DataError:
     form = "HOST/PATH" if scheme in WEB else "OWNER/NAME" if scheme == "hf" else "BUCKET/PATH"
     hint = "; write @, / and : of a password as %40, %2F and %3A" if scheme in WEB else ""
     return DataError(f"{scheme}://...: wanted {scheme}://{form}, found none or another form; correct the URL{hint}")
+
+
+def intact(text: object) -> str:
+    """A text with both slashes in its URLs, of which a `Path` keeps one, as in s3:/bucket."""
+    return _ONE_SLASH.sub(r"\1://", str(text))
+
+
+def require_local(place: Path) -> None:
+    """Raise DataError if a file or folder is given by a URL, where none is read."""
+    if _SCHEME.match(str(place)):
+        raise DataError(
+            f"{intact(place)}: wanted a folder on this machine, found a URL, which this command does not read; "
+            f"copy the data here"
+        )
 
 
 def with_credentials(place: Path | str) -> str:

@@ -39,7 +39,8 @@ class Exhibit(NamedTuple):
 
 EXHIBITS = (
     Exhibit(
-        "RMSNorm", "liger-kernel", "test_liger_rms_norm", "`race` at 128 columns", "liger_kernel/ops/rms_norm.py",
+        "RMSNorm", "liger-kernel", "test_liger_rms_norm", "`reduction-bits` at 128 columns",
+        "liger_kernel/ops/rms_norm.py",
         "X_row = tl.load(x_base + col_offsets, mask=mask, other=0)", "X_row = tl.load(x_base + col_offsets)",
         "a load without its mask",
     ),
@@ -53,7 +54,7 @@ EXHIBITS = (
         "a mask one column too wide",
     ),
     Exhibit(
-        "softmax", "fla-core", "test_fla_softmax", "`race` in the backward pass", "fla/ops/utils/softmax.py",
+        "softmax", "fla-core", "test_fla_softmax", "`reduction-bits` in the backward pass", "fla/ops/utils/softmax.py",
         "b_p.to(p.dtype.element_ty), mask=m_d)", "b_p.to(p.dtype.element_ty))", "a store without its mask",
     ),
     Exhibit(

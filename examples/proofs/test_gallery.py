@@ -16,7 +16,7 @@ from torch import Tensor
 from triton_proof.plugin import Proof
 
 NARROW, ROWS = (3, 128), [(5, 257), (2, 1000)]
-FUSED = pytest.mark.finding("race")
+FUSED = pytest.mark.finding("reduction-bits")
 IN_PLACE = pytest.mark.finding("global-race")
 
 

@@ -1,6 +1,6 @@
 """Fused training kernels for masked vision-and-language models, with torch, Triton and NumPy alone."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mvlm_kernels.add_layer_norm import add_layer_norm
 from mvlm_kernels.cross_attention import cross_attention, pack_key_mask
@@ -11,6 +11,8 @@ from mvlm_kernels.pixel_loss import masked_pixel_loss
 from mvlm_kernels.place_tokens import place_tokens
 
 if TYPE_CHECKING:
+    from mvlm_kernels.integrations.model import explain_model
+
     __version__: str
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "add_layer_norm",
     "cross_attention",
     "explain",
+    "explain_model",
     "gather_patches",
     "gelu_linear",
     "masked_pixel_loss",
@@ -27,8 +30,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> str:
-    """`__version__`: the version of the distribution `mvlm`, which holds this package."""
+def __getattr__(name: str) -> Any:
+    """`explain_model`, and `__version__`, the version of the distribution `mvlm`, which holds this package."""
+    if name == "explain_model":  # it imports integrations, which import this package
+        from mvlm_kernels.integrations.model import explain_model
+
+        return explain_model
     if name == "__version__":
         from importlib.metadata import version
 

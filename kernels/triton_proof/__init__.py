@@ -16,6 +16,7 @@ Python:
 A launch that had faults raises :class:`EmulationError`. docs/guides/prove_your_kernel.md is the guide.
 
     plugin.py  the pytest plugin             allocations.py  NaN and guard bands in what host code allocates
+    coverage.py  what no launch has told apart       variants.py     inputs of other strides and sizes
     driver.py  Triton's driver: compiled text in, emulated launches out
     ptx/       text, read into basic blocks  machine/        threads in lockstep, and memory
     program/   instructions as functions     scalar/         what one scalar instruction computes

@@ -6,7 +6,7 @@ band of poison around it.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -16,11 +16,14 @@ from torch import Tensor
 
 BAND = 4096  # elements on either side, as many as a block stores too far; alignment is kept
 LIBRARIES = ("torch", "triton", "numpy")
+ALLOCATIONS = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
 
 
 @contextmanager
-def watched(change: Callable[[Tensor], Tensor], of: str = "") -> Iterator[None]:
-    """Inside the block, replace what ``torch.empty``, ``empty_like`` and ``new_empty`` return by ``change`` of it.
+def watched(
+    change: Callable[[Tensor], Tensor], of: str = "", functions: Sequence[tuple[Any, str]] = ALLOCATIONS
+) -> Iterator[None]:
+    """Inside the block, replace what the functions, (owner, name), return by ``change`` of it.
 
     of: the package whose calls are meant; without it all calls but those of torch, Triton and NumPy.
     """
@@ -36,7 +39,7 @@ def watched(change: Callable[[Tensor], Tensor], of: str = "") -> Iterator[None]:
         return changed
 
     with ExitStack() as stack:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        for owner, name in functions:
             stack.enter_context(patch.object(owner, name, wrap(getattr(owner, name))))
         yield
 

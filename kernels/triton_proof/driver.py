@@ -20,6 +20,7 @@ from triton.backends.driver import DriverBase
 
 from triton_proof.allocations import watched
 from triton_proof.arguments import flat_arguments, parameter_memory
+from triton_proof.coverage import whole_numbers
 from triton_proof.machine.layout import PATTERN
 from triton_proof.machine.machine import Machine
 from triton_proof.program.program import Program
@@ -134,7 +135,7 @@ class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         if getattr(metadata, "tensordesc_meta", None):
             raise UnsupportedPTX("tensor descriptors (TMA) as kernel arguments")
-        self.metadata, self.signature = metadata, source.signature
+        self.metadata, self.source = metadata, source
 
     def __call__(
         self, grid_x: int, grid_y: int, grid_z: int, stream: int, program: Program, kernel_metadata: Any,
@@ -147,11 +148,12 @@ class _Launcher:
             raise ValueError(f"no GPU launches a grid of {grid_x} x {grid_y} x {grid_z}")
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        arguments = flat_arguments(self.signature, args)
+        arguments = flat_arguments(self.source.signature, args)
         scratch = [s * grid_x * grid_y * grid_z for s in (m.global_scratch_size, m.profile_scratch_size)]
         # Memory of the launch itself; torch aligns it by 64 bytes.
         arguments += [("*u32", "scratch", torch.empty(s // 4 + 32, dtype=torch.int32) if s else None) for s in scratch]
-        launch(program, m.target.arch, m.num_warps, m.shared, grid, arguments)
+        done = launch(program, m.target.arch, m.num_warps, m.shared, grid, arguments)
+        done.numbers = whole_numbers(self.source, args)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 

@@ -6,9 +6,11 @@
 The tests call kernels with CPU tensors and compare values; see :class:`Proof` for the fixture ``proof``. Under
 ``interpreted`` what host code allocates holds NaN between guard bands. Under ``sm_80`` and ``sm_90`` kernels are
 compiled for that GPU, assembled, and emulated under checks. A test fails on a finding, a spill, or a touched guard
-band. Findings that are known go into a marker, ``@pytest.mark.finding("race")``: the test then fails without them.
+band. Findings that are known go into a marker, ``@pytest.mark.finding("reduction-bits")``: the test then fails without
+them.
 
-A test that launches kernels of ``@triton.autotune`` runs once for each of their configurations.
+A test that launches kernels of ``@triton.autotune`` runs once for each of their configurations. With ``--vary`` it runs
+again on inputs of other strides or sizes.
 """
 
 import os
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from triton_proof.report import Finding, Launch
 
 PROOFS = ("interpreted", "sm_80", "sm_90")
+VARIANTS = ("strides", "sizes")
 
 
 class Proof:
@@ -38,6 +41,7 @@ class Proof:
     def __init__(self, name: str) -> None:
         self.name = name
         self.launches: list[Launch] = []
+        self.prepare: Callable[[Tensor], Tensor] | None = None
         self._poison: Poison | None = None
         self._findings: list[Finding] = []
         self._spills: set[str] = set()
@@ -46,6 +50,7 @@ class Proof:
         """A copy of x, with its strides, between bands of NaN: a read past either end poisons the result."""
         from triton_proof.allocations import guarded
 
+        x = x if self.prepare is None else self.prepare(x)
         return guarded(x) if self._poison is None else self._poison.copy(x)
 
     def bytes_moved(self) -> int | None:
@@ -77,9 +82,15 @@ LAUNCHES: list["Launch"] = []
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("proofs of Triton kernels")
     group.addoption("--proof", choices=PROOFS, help="run kernels interpreted, or emulated as compiled for this GPU")
+    group.addoption(
+        "--vary", default="", metavar="strides,sizes",
+        help="run each test again on rows that lie apart (strides), or with its even parameters made odd (sizes)",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if unknown := [name for name in _variants(config) if name not in VARIANTS]:
+        raise pytest.UsageError(f"--vary: wanted {' or '.join(VARIANTS)}, or both, got {unknown[0]!r}")
     config.addinivalue_line("markers", "finding(kind, ...): findings of the emulator that a test is known to make")
 
 
@@ -119,22 +130,53 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     for number in range(1, turn.most):
         with _one_turn(found, number):
             pyfuncitem.obj(**arguments)
+    for variant in _variants(pyfuncitem.config):
+        _run_variant(pyfuncitem, found, variant, arguments)
     known = {kind for marker in pyfuncitem.iter_markers("finding") for kind in marker.args}
     _judge(found, known)
     return result
 
 
+def _variants(config: pytest.Config) -> list[str]:
+    return [name for name in str(config.getoption("vary")).split(",") if name]
+
+
+def _run_variant(item: pytest.Function, found: Proof, variant: str, arguments: dict[str, Any]) -> None:
+    """Run the test on inputs of a variant; not if the variant leaves all of them as they are."""
+    import torch
+
+    from triton_proof.variants import Gaps, odd_sizes
+
+    if variant == "sizes":
+        own = item.callspec.params if hasattr(item, "callspec") else {}
+        changed = odd_sizes({name: value for name, value in own.items() if name in arguments})
+        if changed:
+            with _one_turn(found, 0, variant):
+                item.obj(**arguments | changed)
+        return
+    found.prepare = gaps = Gaps()
+    apart = {name: gaps(x) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    try:
+        with gaps.inside(item.function.__module__), _one_turn(found, 0, variant):
+            item.obj(**apart)
+    finally:
+        found.prepare = None
+
+
 @contextmanager
-def _one_turn(found: Proof, number: int) -> Iterator[Any]:
+def _one_turn(found: Proof, number: int, variant: str = "") -> Iterator[Any]:
     from triton_proof.autotune import one_configuration
 
     under = _interpreted if found.name == "interpreted" else _emulated
     with one_configuration(number) as turn, under(found):
         try:
             yield turn
-        except AssertionError as error:
-            for note in _notes(found, str(turn) if turn.most > 1 else "", error):
-                error.add_note(note)
+        except Exception as error:
+            if variant:
+                error.add_note(f"in the variant {variant}")
+            if isinstance(error, AssertionError):
+                for note in _notes(found, str(turn) if turn.most > 1 else "", error):
+                    error.add_note(note)
             raise
 
 
@@ -215,18 +257,23 @@ def _emulated(found: Proof) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print one row for each kernel that ran: launches, bytes of the last one, the worst cost of its variants."""
+    """Print a row for each kernel: launches, bytes of the last one, the worst cost of its variants. Then hints."""
     if not LAUNCHES:
         return
+    from triton_proof.coverage import hints
+
     terminalreporter.section(f"kernels on {config.getoption('proof')}")
     columns = ("kernel", "launches", "bytes loaded", "efficiency", "stored", "efficiency", "registers", "shared")
     terminalreporter.write_line(f"| {' | '.join(columns)} |")
     terminalreporter.write_line("|---" * len(columns) + "|")
-    for name in sorted({x.kernel for x in LAUNCHES}):
-        of_kernel = [x for x in LAUNCHES if x.kernel == name]
+    kernels = {name: [x for x in LAUNCHES if x.kernel == name] for name in sorted({x.kernel for x in LAUNCHES})}
+    for name, of_kernel in kernels.items():
         last, spaces = of_kernel[-1], ("global load", "global store")
         cells = [f"{last.total(s).bytes} | {last.total(s).efficiency(s):.0%}" for s in spaces]
         registers = max((cost.registers for (kernel, _), cost in COSTS.items() if kernel == name), default=0)
         terminalreporter.write_line(
             f"| {name} | {len(of_kernel)} | {' | '.join(cells)} | {registers} | {max(x.shared for x in of_kernel)} |"
         )
+    for name, of_kernel in kernels.items():
+        for hint in hints(of_kernel):
+            terminalreporter.write_line(f"hint: {name}: {hint}")

@@ -45,6 +45,8 @@ REMEDIES = {
     "`tl.multiple_of`, and at views that start in the middle of a tensor",
     "uninitialised": "store every element before it is read: allocate with `torch.zeros`, or let the grid cover them",
     "race": "put `tl.debug_barrier()` between a store and a load by other threads",
+    "reduction-bits": "no race, but bits that differ between lanes, and may between runs: a product was fused into the "
+    "sum; launch the kernel with `enable_fp_fusion=False`",
     "global-race": "let one program own each element, or use `tl.atomic_add`; a kernel that works in place must load a "
     "tile before it stores any of it",
     "barrier": "let all threads of a block reach the same barriers: no barrier or reduction where they branch apart",
@@ -53,16 +55,10 @@ REMEDIES = {
 }
 """Advice against a finding, one sentence for each kind."""
 _COMPILER = "Triton orders these accesses itself: try `num_stages=1` to confirm, another Triton, and report it there"
-_FUSED = (
-    "a reduction ends with lanes that differ in the last bit, because a product was fused into its sum: launch the "
-    "kernel with `enable_fp_fusion=False`"
-)
 
 
 def remedy(finding: "Finding") -> str:
     """Advice against a finding, one sentence."""
-    if finding.kind == "race" and "different values" in finding.detail:
-        return _FUSED
     return REMEDIES.get(finding.kind, _COMPILER)
 
 
@@ -109,7 +105,11 @@ class Access:
 
 @dataclass
 class Launch:
-    """Everything known about one launch. instructions: of warps, by class. accesses: by space, place and text."""
+    """Everything known about one launch. instructions: of warps, by class. accesses: by space, place and text.
+
+    numbers: integer arguments by name. masks: whether a lane was masked, by the place of each masked access of global
+    memory.
+    """
 
     kernel: str
     arch: str
@@ -121,6 +121,8 @@ class Launch:
     instructions: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     flops: int = 0
     accesses: dict[tuple[str, Place, str], Access] = field(default_factory=lambda: defaultdict(Access))
+    numbers: dict[str, int] = field(default_factory=dict)
+    masks: dict[Place, bool] = field(default_factory=lambda: defaultdict(bool))
 
     def total(self, space: str) -> Access:
         """Traffic of one of the SPACES."""

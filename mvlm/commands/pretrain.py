@@ -50,23 +50,23 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
     from mvlm.config.json_files import read_config, run_config
     from mvlm.config.model import PRESETS
 
-    if arguments and arguments[0].startswith("--config="):
-        arguments = ["--config", arguments[0].removeprefix("--config="), *arguments[1:]]
-    first = arguments[0] if arguments else ""
-    if first == "--config" and len(arguments) > 1:
-        source, rest = arguments[1], arguments[2:]
+    source, rest = split_config(arguments)
+    first = rest[0] if rest else ""
+    if source is not None:
         values = read_config(Path(source))
         if "task" in values:
-            raise ConfigError(f"{source}: wanted the configuration of a pretraining run, found one of fine-tuning")
+            raise ConfigError(
+                f"{source}: wanted the configuration of a pretraining run, found one of fine-tuning; give it to "
+                "`mvlm finetune --config`"
+            )
         defaults = run_config(values, source)
     elif first.startswith("-") or not first:
         got = repr(first) if first else "nothing"
-        if first == "--config":
-            got = "--config with no file after it"
         raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}, or --config FILE; got {got}")
     else:
         defaults = PretrainConfig.preset(first, data=tyro.MISSING, out=tyro.MISSING)
         source, rest = first, arguments[1:]
+        defaults = with_trained_model(defaults, rest)
     defaults = with_tower(defaults, rest)
     description = f"Pretrain with the `{source}` recipe. The defaults below are that recipe's."
     named = {name: getattr(defaults, name) for name in ("own_loss", "own_masks")}
@@ -81,6 +81,38 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
         if given != before:
             found = replace(found, **{f"{name}_sha256": None})
     return found
+
+
+def split_config(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """The file of the flag --config, if the words begin with it, else None; and the other words.
+
+    ConfigError for the flag without a file.
+    """
+    if words and words[0].startswith("--config="):
+        words = ["--config", words[0].removeprefix("--config="), *words[1:]]
+    if not words or words[0] != "--config":
+        return None, words
+    if not "".join(words[1:2]):
+        raise ConfigError("config: wanted the config.json of a run behind --config, found none; name it")
+    return words[1], words[2:]
+
+
+def with_trained_model(defaults: PretrainConfig, words: Sequence[str]) -> PretrainConfig:
+    """Put the model settings of the trained model that the command line names into `defaults`, before its other flags.
+
+    A run that has begun has its own, and does not need that model any more.
+    """
+    source, out = (_value(words, flag) for flag in ("--initial-model", "--out"))
+    if not source:
+        return defaults
+    from mvlm.config.json_files import read_config, run_config
+    from mvlm.runs.folder import RunFolder
+    from mvlm.runs.load import read_architecture_of
+
+    begun = RunFolder(Path(out or "")).config
+    if out and begun.is_file():
+        return replace(defaults, model=run_config(read_config(begun), str(begun)).model)
+    return replace(defaults, model=read_architecture_of(Path(source))[0])
 
 
 def with_tower(defaults: PretrainConfig, words: Sequence[str]) -> PretrainConfig:

@@ -29,7 +29,7 @@ from mvlm.config.ranges import (
     check_values,
 )
 from mvlm.errors import ConfigError
-from mvlm_dataloading.urls import is_remote, normal_url
+from mvlm_dataloading.urls import intact, is_remote, normal_url
 
 Kind = TypeVar("Kind", bound=type)
 Learning = Literal["full", "lora", "frozen"]
@@ -283,7 +283,7 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""
-        return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
+        return {name: intact(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
 
 
 # Of pretraining alone.
@@ -336,8 +336,9 @@ class WeightSettings:
     """Weights to start from, and the tokenizer. A resumed run keeps these, and reads its checkpoint in their place."""
 
     initial_model: Path | None = None
-    """A trained model of this architecture to go on from, on this run's data: a run, one of its checkpoints or an
-    exported folder. Its tokenizer comes with it, and its position embeddings are resized where needed."""
+    """A trained model to go on from, on this run's data: a run, one of its checkpoints or an exported folder. Its
+    tokenizer comes with it, and on the command line the settings of its model (--model.*) unless they are given. Its
+    position embeddings are resized where needed."""
     keep_start: Annotated[float, AT_LEAST_0] = 0.0
     """Weight of a loss that keeps ITC's embeddings and probabilities near those of `initial_model`, which encodes each
     batch too; 0 for none. Without capture."""

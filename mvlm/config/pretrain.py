@@ -42,6 +42,14 @@ _PAPER: dict[str, Any] = {
 }
 
 
+STARTS = {
+    "image": ("image_weights", "initial_model"),
+    "text": ("text_weights", "text_tower", "initial_model"),
+    "cross": ("initial_model",),
+}
+"""Settings that name weights to start from, for each part of the model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(
     CaptureSettings,
@@ -64,10 +72,8 @@ class PretrainConfig(
             raise ConfigError(f"capture: wanted none with an image_tower, got {self.capture}; leave --capture out")
         if self.capture == "compile" and self.checkpoint_activations:
             raise ConfigError("capture: wanted no --checkpoint-activations with compile; leave one of them out")
-        starts = {"image": ["image_weights"], "text": ["text_weights", "text_tower"], "cross": []}
-        for part, names in starts.items():
-            names = [*names, "initial_model"]
-            if getattr(self, f"train_{part}") == "lora" and all(getattr(self, name) is None for name in names):
+        for part, names in STARTS.items():
+            if getattr(self, f"train_{part}") == "lora" and self.starts_random(part):
                 raise ConfigError(
                     f"train_{part}: wanted weights to start from with lora, got none; give {' or '.join(names)}"
                 )
@@ -108,6 +114,10 @@ class PretrainConfig(
                 f"initial_model: wanted no further weights and no tokenizer, got {', '.join(others)}; "
                 f"the model has its own encoders and tokenizer"
             )
+
+    def starts_random(self, part: str) -> bool:
+        """True if a part of the model, one of `STARTS`, starts from random weights."""
+        return all(getattr(self, name) is None for name in STARTS[part])
 
     @classmethod
     def preset(cls, name: str, *, data: Path, out: Path, **changes: Any) -> "PretrainConfig":

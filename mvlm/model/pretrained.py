@@ -7,9 +7,11 @@ A model's settings may come from others, and a network of the sizes that they na
 """
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -42,6 +44,8 @@ else:
 
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
+ANSWER_S = 4.0
+"""Seconds that the hub has to answer a request."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 """Form of a model's id on the hub: owner/name."""
 
@@ -120,6 +124,8 @@ def download(hub_id: str, names: Sequence[str], options: dict[str, Any]) -> Path
             f"{hub_id}: wanted the package huggingface_hub, which is not installed; pip install 'mvlm[train]'"
         ) from None
     try:
+        if not options.get("local_files_only") and not all(is_cached(hub_id, name, options) for name in names):
+            ask_hub()
         return [Path(hf_hub_download(hub_id, name, **options)).parent for name in names][-1]
     except Exception as error:  # the network's, the hub's and the cache's own, which share no type
         reason = f"{type(error).__name__}: {shown(error)}"
@@ -127,6 +133,37 @@ def download(hub_id: str, names: Sequence[str], options: dict[str, Any]) -> Path
             f"{hub_id}: wanted a local folder or a model on the hub, found neither ({reason}); check the name and the "
             f"network"
         ) from error
+
+
+def is_cached(hub_id: str, name: str, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """True if the hub's cache has a file of a model, which then needs no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = {key: value for key, value in options.items() if key in ("cache_dir", "revision")}
+    return isinstance(try_to_load_from_cache(hub_id, name, **found), str)
+
+
+def ask_hub() -> None:
+    """Raise the network's error if the hub does not answer one request within `ANSWER_S`.
+
+    The hub's client tries six times for each file that is not cached, for 20 seconds or more, and logs all of them.
+    """
+    from huggingface_hub import constants, get_session
+
+    failed: list[Exception] = [TimeoutError(f"{constants.ENDPOINT} did not answer in {ANSWER_S:g} s")]
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=ANSWER_S)
+            failed.clear()
+        except Exception as error:  # the session's own
+            failed[:] = [error]
+
+    asking = threading.Thread(target=ask, daemon=True)  # no time limit of a request holds for the look-up of its host
+    asking.start()
+    asking.join(ANSWER_S)
+    if failed:
+        raise failed[0]
 
 
 Shape = tuple[int, ...]

@@ -6,6 +6,7 @@ data's dataset.json: data, licence and attribution, figures with intervals, reci
 
 import json
 import re
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ def upload(folder: Path, hub_id: str, private: bool = False) -> str:
         reason = "; ".join(f"{type(cause).__name__}: {shown(cause)}" for cause in causes)
         raise RunError(
             f"{hub_id}: wanted to upload {folder}, the hub did not take it ({reason}); log in with `hf auth login`, "
-            f"then send the folder, which is complete, with `hf upload {hub_id} {folder}`"
+            f"then send the folder, which is complete, with `{shlex.join(['hf', 'upload', hub_id, str(folder)])}`"
         ) from None
     return str(done.repo_url)
 

@@ -19,7 +19,7 @@ import torch
 
 from mvlm import waiting
 from mvlm.config.groups import RunConfig
-from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.pretrain import STARTS, PretrainConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, naming_lost_ranks, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
@@ -206,6 +206,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     needed = config.initial_model if config.adapted or config.keep_start else None
     initial = None if needed is None else identify(needed)
     model = make_model(config, fresh=not checkpoint or initial is not None).to(world.device)
+    if not checkpoint and world.first:
+        warn_of_frozen_noise(config)
     start = deepcopy(model).requires_grad_(False) if config.keep_start else None
     keep_start = None if start is None else KeepStart(config.keep_start, start=start)
     adapt(model, config)
@@ -224,6 +226,16 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s", checkpoint)
     return trainer
+
+
+def warn_of_frozen_noise(config: PretrainConfig) -> None:
+    """Log the parts of a model that stay at the random weights that they start from."""
+    for part, names in STARTS.items():
+        if getattr(config, f"train_{part}") == "frozen" and config.starts_random(part):
+            log.warning(
+                "train_%s: frozen at random weights, as no setting names others; give %s",
+                part, " or ".join(f"--{name.replace('_', '-')}" for name in names),
+            )  # fmt: skip
 
 
 def freeze_rest(model: MaskVLM, config: PretrainConfig) -> None:

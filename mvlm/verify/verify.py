@@ -429,7 +429,7 @@ def wrong_figures(claims: Claims, replay: Replay) -> Iterator[str]:
     """
     file, claimed = claims.run.evaluation, claims.figures
     if claimed is None:
-        yield f"no {file}: run `mvlm eval retrieval --checkpoint RUN --data DATA --out` it"
+        yield f"no {file}: run `{claims.run.evaluation_command(claims.config.data)}`"
         return
     check_machine(str(file), replay.world.device, claimed["machine"], claimed["versions"])
     with threads(claimed["machine"]["threads"]):

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from mvlm.errors import RunError
 from mvlm.files import is_finite, read_safetensors
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.model.towers.timm_tower import TimmTower, make_module
+from mvlm.model.pretrained import ask_hub, is_cached
+from mvlm.model.towers.timm_tower import PREFIX, TimmTower, make_module
 from mvlm.untrusted import read_json
 from mvlm.weights.load import LoadReport, Source, copy_encoder, log, split_prefix, weights_file, wide
 
 DOWNLOAD = "timm"
 """Source that stands for the weights that timm downloads."""
+HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the files that timm looks for on the hub."""
 HF_PATCHES = "embeddings.patch_embedding.weight"
 """Name of the patch embedding in transformers' CLIP and SigLIP."""
 HF_NAMES = (
@@ -83,6 +86,7 @@ def _downloaded(model: MaskVLMNetwork) -> dict[str, Tensor]:
     """Tensors of the module that timm makes of its pretrained weights, with the head."""
     config = model.config
     try:
+        _check_download(config.image_tower)
         return make_module(config.image_tower, True, img_size=config.image_size).state_dict()
     except Exception as error:  # the network's, the hub's and the cache's own, which share no type
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -90,6 +94,16 @@ def _downloaded(model: MaskVLMNetwork) -> dict[str, Tensor]:
             f"{config.image_tower}: wanted timm's pretrained weights, could not get them ({reason}); give a local file "
             f"with --image-weights FILE.safetensors"
         ) from error
+
+
+def _check_download(tower: str) -> None:
+    """Raise the network's error if timm would ask a hub that does not answer."""
+    import timm
+
+    source = timm.get_pretrained_cfg(tower.removeprefix(PREFIX))
+    place = "" if source is None or source.hf_hub_filename else source.hf_hub_id
+    if place and not any(is_cached(place, name) for name in HUB_NAMES):
+        ask_hub()
 
 
 def _check_settings(file: Path, module: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from mvlm import cli
 from mvlm.errors import ConfigError
+from mvlm_dataloading import DataError
 
 BENCHES = ("kernels", "step", "data", "run")
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ def test_a_bench_replaces_earlier_results_alone(timed, tmp_path, bench, flag):
 RUNS: dict[str, dict[str, Any]] = {
     "kernels": {"ops": (), "peers": (), "out": Path("out")},
     "step": {"preset": "tiny", "batch": 4, "rounds": 1},
-    "data": {"data": Path("photos"), "images": 1, "out": Path("out")},
+    "data": {"data": None, "images": 1, "out": Path("out")},
     "run": {"preset": "tiny", "data": Path("data"), "rounds": 1, "steps": 1, "eval_every_steps": 1},
 }
 
@@ -69,15 +70,15 @@ RUNS: dict[str, dict[str, Any]] = {
         ("step", "batch", 1), ("step", "rounds", 0), ("step", "contenders", ("timm",)), ("step", "precision", "fp8"),
         ("step", "preset", "huge"), ("step", "seconds", 0.0), ("step", "device", "tpu"),
         ("data", "contenders", ["our"]), ("data", "recipes", ["crap"]), ("data", "rounds", 0),
-        ("data", "step", Path("none")), ("data", "batch", 0),
+        ("data", "step", Path("none")), ("data", "batch", 0), ("data", "data", Path("data/phtoos")),
         ("run", "rounds", -1), ("run", "steps", -1), ("run", "eval_every_steps", -1), ("run", "threads", -1),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused_by_name(tmp_path, monkeypatch, bench, setting, value):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=setting.replace("_", "[-_]")):
+    with pytest.raises((ConfigError, DataError), match=setting.replace("_", "[-_]")):
         import_module(f"mvlm_benchmarks.{bench}.run").run(**RUNS[bench] | {setting: value})
-    assert not Path("photos").exists()
+    assert not Path("data").exists()
 
 
 def test_commands_of_the_pages_are_accepted(timed):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,20 @@ def test_tables_are_those_of_the_committed_results(tables):
     assert ROOT / "README.md" in found
     for page in found:
         assert tables.with_tables(page.read_text()) == page.read_text(), f"{page.name}: run `python docs/tables.py`"
+
+
+def test_figures_beside_the_results_come_from_their_files(tables, tmp_path, monkeypatch):
+    """Questions answered without the image, by trials of the study of easy-VQA."""
+    shutil.copytree(tables.RESULTS, tmp_path / "results")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    before = tables.results()
+    file = tmp_path / "results/tasks/easy-vqa.jsonl"
+    trials = [json.loads(line) for line in file.read_text().splitlines()]
+    for trial in trials:
+        trial["figures"]["test"]["accuracy"] = 12.0
+    file.write_text("\n".join(map(json.dumps, trials)))
+    changed = set(tables.results().splitlines()) - set(before.splitlines())
+    assert [re.findall(r"alone: (\d+) %", line) for line in changed] == [["12"]]
 
 
 def test_every_table_has_both_of_its_lines(tables):

@@ -288,8 +288,10 @@ def test_code_runs(page: Page, tmp_path, monkeypatch, capsys, without_tensorboar
 
 
 @pytest.mark.slow
-def test_settings_of_runs_that_start_elsewhere_are_valid() -> None:
+def test_settings_of_runs_that_start_elsewhere_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
+    monkeypatch.chdir(write_demo_folder(tmp_path))
+    Path("runs/old").symlink_to("demo")
     lines = [line for file in MARKDOWN for pattern, line in commands_of(file) if pattern]
     started = [shlex.split(line)[2:] for line in lines if line.startswith("mvlm pretrain ")]
     assert len([parse_config(words) for words in started]) > 4

@@ -60,6 +60,44 @@ def test_needs_cuda():
 """
 
 
+# One kernel is right; the other takes the width for the stride of its second input. All inputs are contiguous.
+NARROW = """
+import pytest, torch, triton
+import triton.language as tl
+
+def product(of):
+    @triton.jit
+    def right(x, y, out, xs, ys, n, BLOCK: tl.constexpr):
+        row, i = tl.program_id(0), tl.arange(0, BLOCK)
+        a = tl.load(x + row * xs + i, mask=i < n) * tl.load(y + row * ys + i, mask=i < n)
+        tl.store(out + row * n + i, a, mask=i < n)
+
+    @triton.jit
+    def wrong(x, y, out, xs, ys, n, BLOCK: tl.constexpr):
+        row, i = tl.program_id(0), tl.arange(0, BLOCK)
+        a = tl.load(x + row * xs + i, mask=i < n) * tl.load(y + row * n + i, mask=i < n)
+        tl.store(out + row * n + i, a, mask=i < n)
+
+    def call(x, y):
+        out, (rows, n) = torch.empty(x.shape), x.shape
+        kernel = right if of == "right" else wrong
+        kernel[(rows,)](x, y, out, x.stride(0), y.stride(0), n, BLOCK=triton.next_power_of_2(n))
+        return out
+    return call
+
+@pytest.mark.parametrize("of", ["right", "wrong"])
+@pytest.mark.parametrize("n", [16, 64])
+def test_random(of, n):
+    x, y = torch.randn(3, n), torch.randn(3, n)
+    torch.testing.assert_close(product(of)(x, y), x * y)
+
+@pytest.mark.parametrize("of", ["right", "wrong"])
+def test_guarded(of, proof):
+    x, y = (proof.guarded(torch.randn(3, 8).double().float()) for _ in range(2))
+    torch.testing.assert_close(product(of)(x, y), x * y)
+"""
+
+
 def run(proof: str, folder: Path, *options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "triton_proof", "--proof", proof, "-c", os.devnull, "-p", "no:cacheprovider"]
     command += ["-q", "--tb=short", *map(str, options)]
@@ -123,3 +161,22 @@ def test_findings_are_told_once_with_a_remedy(proof: str, tmp_path: Path) -> Non
     assert all(words in told for words in ("past", "3 launches", "mask=")), told
     assert "plugin.py" not in done.stdout
     assert "CPU tensors" in found["test_strange::test_needs_cuda"]
+
+
+@pytest.mark.parametrize("proof", [pytest.param("interpreted", marks=pytest.mark.extended), "sm_90"])
+def test_what_tests_do_not_tell_apart_is_hinted_at_and_varied(proof: str, tmp_path: Path) -> None:
+    (tmp_path / "test_narrow.py").write_text(NARROW)
+    done, report = run(proof, tmp_path, "test_narrow.py"), tmp_path / "report.xml"
+    assert "6 passed" in done.stdout, done.stdout
+    hints = [line for line in done.stdout.splitlines() if line.startswith("hint: right: ")]
+    words = [["`xs`, `ys`, `n`", "equal"], ["`xs`, `ys`, `n`", "even"], ["no lane was masked at test_narrow.py:"]]
+    assert len(hints) == (0 if proof == "interpreted" else 3)
+    assert all(word in hint for hint, wanted in zip(hints, words, strict=False) for word in wanted), hints
+
+    done = run(proof, tmp_path, "test_narrow.py", "--vary", "strides,sizes", f"--junitxml={report}")
+    found = failures(report)
+    assert {name for name, text in found.items() if text} == {name for name in found if "wrong" in name}
+    assert all("in the variant strides" in text for text in found.values() if text)
+    assert "hint: right" not in done.stdout, done.stdout
+    refused = run(proof, tmp_path, "test_narrow.py", "--vary", "stride")
+    assert "--vary: wanted strides or sizes" in refused.stdout + refused.stderr

@@ -39,6 +39,14 @@ def product(a, b, c, K, M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr):
     tl.store(c + m * N + n, acc)
 
 
+@triton.jit
+def norm(x, out, N: tl.constexpr):
+    """Sum of squares, whose products are fused into the sum over a warp: its lanes end with different bits."""
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    tl.store(out + i, a * tl.rsqrt(tl.sum(a * a, 0)))
+
+
 def run(kernel, *args, edit: Edit | None = None, **meta: int) -> set[str]:
     """Kinds of findings of a launch whose compiled text is edited."""
     kernel.device_caches.clear()  # Triton keeps compiled kernels, and an edit is made when one is loaded
@@ -52,6 +60,12 @@ def run_total(edit: Edit | None = None) -> set[str]:
     x, out = torch.arange(1024).float(), torch.zeros(1)
     found = run(total, x, out, edit=edit, N=1024)
     return found or (set() if out.item() == x.sum().item() else {"value"})
+
+
+def run_norm(edit: Edit | None = None, **options: bool) -> set[str]:
+    x, out = torch.randn(128, generator=torch.Generator().manual_seed(0)), torch.zeros(128)
+    found = run(norm, x, out, edit=edit, N=128, **options)
+    return found or (set() if torch.allclose(out, x / x.norm()) else {"value"})
 
 
 def run_transposed(edit: Edit | None = None) -> set[str]:
@@ -107,6 +121,21 @@ def test_kernels_with_barriers_are_clean(run_kernel: Callable[..., set[str]]) ->
 @pytest.mark.parametrize("run_kernel", RUNS)
 def test_missing_barrier_is_a_race(run_kernel: Callable[..., set[str]]) -> None:
     assert "race" in run_kernel(without("bar.sync"))
+
+
+def storing_the_thread(text: str) -> str:
+    """The text in which lanes store their own numbers in place of the sum over their warp."""
+    thread = re.search(r"mov\.u32\s+(%r\d+), %tid\.x", text)
+    assert thread is not None
+    return replaced(r"(st\.shared\S*\s+\[[^\]]*\],\s*)%r\d+", rf"\g<1>{thread[1]}")(text)
+
+
+@pytest.mark.usefixtures("arch")
+def test_bits_that_a_reduction_leaves_open_are_no_race() -> None:
+    assert run_norm() == {"reduction-bits"}
+    assert not run_norm(enable_fp_fusion=False)
+    assert "race" in run_norm(without("bar.sync"))
+    assert run_norm(storing_the_thread) == {"race"}
 
 
 FURTHER = replaced(r"(st\.shared\S*\s+\[\s*)(%r\d+)(?:\s*\+\s*\d+)?\s*\]", r"\1\2 + 1048576 ]")

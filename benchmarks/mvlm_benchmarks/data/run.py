@@ -36,6 +36,8 @@ from mvlm_benchmarks.results import heading
 from mvlm_dataloading import open_dataset
 
 PACKAGES = ["nvidia-dali-cuda130", "pillow", "torchvision", "webdataset", "simplejpeg", "numpy"]
+PHOTOS = Path("data/photos")
+"""Data set that is timed if none is named."""
 WARM_UP = 10
 """Minimum number of batches in the first turn, which does not count. More than any contender prepares in advance, so
 that later turns start and end in the same state."""
@@ -46,7 +48,7 @@ START_UPS = 5
 
 
 def run(
-    data: Path,
+    data: Path | None,
     images: int,
     out: Path,
     contenders: Sequence[str] = (),
@@ -64,6 +66,7 @@ def run(
 
     Raises:
         ConfigError: an unknown contender or recipe, a number below 1, or a `step` file that is no result.
+        DataError: `data` is no data folder.
     """
     names = choose("contenders", contenders, CONTENDERS)
     recipes = choose("recipes", recipes, RECIPES)
@@ -72,11 +75,7 @@ def run(
         if value < 1:
             raise ConfigError(f"{option}: wanted at least 1, got {value}")
     step_rate = None if step is None else _fastest_step(step)
-    if not data.exists():
-        from mvlm_benchmarks.data import photos
-
-        print(f"building {images} images in {data}", flush=True)
-        photos.build(data, images)
+    data = data or _photographs(images)
     images = len(open_dataset(data, "train"))
     if batch > images:
         raise ConfigError(f"batch: wanted at most {images}, the images of {data}, got {batch}")
@@ -102,6 +101,16 @@ def run(
     for result in others.values():
         print(result["text"])
     return write(rows, stages, others, about, out, data, json_file)
+
+
+def _photographs(images: int) -> Path:
+    """The data set of photographs, which is built of so many images unless it is there."""
+    if not PHOTOS.exists():
+        from mvlm_benchmarks.data import photos
+
+        print(f"building {images} images in {PHOTOS}", flush=True)
+        photos.build(PHOTOS, images)
+    return PHOTOS
 
 
 def measure_recipe(names: Sequence[str], recipe: str, data: Path, settings: dict[str, int]) -> list[Row]:

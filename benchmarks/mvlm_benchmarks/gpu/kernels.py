@@ -43,7 +43,7 @@ def run(stage: Stage) -> None:
             _plot(stage, rows)
     if done < len(chosen):
         stage.leave_out(f"{chosen[done].op} {chosen[done].label}")
-    stage.say(report.footer(rows, stage.about))
+    stage.say(report.footer(rows))
     if wrong:
         raise WrongValue("; ".join(wrong))
 

@@ -75,8 +75,8 @@ def _reasons(contender: str, by_pass: dict[str, Row]) -> list[str]:
     return [f"  {contender} {name} {text}" for name, text in texts.items()]
 
 
-def footer(rows: list[Row], about: dict[str, Any]) -> str:
-    """All reasons for missing figures, without repetitions. On a CPU, a last line says that no Triton kernel ran."""
+def footer(rows: list[Row]) -> str:
+    """All reasons for missing figures, without repetitions."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["us"] is None:
@@ -87,8 +87,6 @@ def footer(rows: list[Row], about: dict[str, Any]) -> str:
         # A peer that is not available at all is listed without its cases.
         where = "" if status in ABSENT else f" ({cases[0]}{f' and {len(cases) - 1} more' if cases[1:] else ''})"
         lines.append(f"{status}: {contender}: {note}{where}")
-    if about["figures"].startswith("CPU"):
-        lines.append("These are CPU timings of the torch references. No Triton kernel ran.")
     return "\n".join(lines)
 
 
@@ -116,7 +114,7 @@ def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [max(len({row["contender"] for row in panel}) for panel in line) + 1.5 for line in lines]
     figure = Figure(figsize=(7.5 * columns, 0.42 * sum(heights) + 1.2), layout="constrained")
-    figure.suptitle(f"Time over ours ({about['figures']})\n{heading(about).splitlines()[0]}", fontsize=9)
+    figure.suptitle(f"Time over ours ({about['figures']})\n{heading(about).splitlines()[-1]}", fontsize=9)
     # All panels share one scale, with room for labels next to the longest bars.
     ratios = [row["vs_ours"] for row in timed] or [1.0]
     limits = min(0.8, *ratios) / 2, max(1.5, *ratios) * 2

@@ -29,14 +29,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def run(
     ops: Sequence[str],
     peers: Sequence[str],
-    out: Path,
+    out: Path | None,
     device: str = "auto",
     dtype: str = "auto",
     quick: bool = False,
     json: Path | None = None,
     seconds: float | None = None,
 ) -> list[Path]:
-    """Time all cases, print a table of each, and write CSV, plot and JSON. Returns the files.
+    """Time all cases, print a table of each, and write CSV and plot into `out`, and the JSON. Returns the files.
 
     Rows are in the CSV as soon as their case is timed. Plot and JSON follow at the end, also after an interruption.
     `mvlm_benchmarks.cli.kernels` describes the arguments.
@@ -65,22 +65,24 @@ def run(
 
 
 def _time_cases(
-    chosen: list[Case], peers: list[Peer], about: dict, out: Path, json: Path | None, device_type: str, quick: bool,
-    budget: Budget,
+    chosen: list[Case], peers: list[Peer], about: dict, out: Path | None, json: Path | None, device_type: str,
+    quick: bool, budget: Budget,
 ) -> list[Path]:  # fmt: skip
     rows: list[Row] = []
-    csv_file, plot_file = report.file_names(about, str(chosen[0].dtype).removeprefix("torch."), out)
-    table = RowFile(csv_file, about, report.COLUMNS)
-    print(heading(about))
+    print(heading(about), flush=True)
+    names = () if out is None else report.file_names(about, str(chosen[0].dtype).removeprefix("torch."), out)
+    table = RowFile(names[0], about, report.COLUMNS) if names else None
     if device_type == "cpu":
         print(machine.load())
     try:
         for case_rows in time_cases(chosen, peers, device_type, about["device"], quick, budget):
-            table.append(case_rows)
+            if table is not None:
+                table.append(case_rows)
             print(report.table(case_rows), flush=True)
             rows += case_rows
     finally:
-        report.plot(rows, about, plot_file)
+        if names:
+            report.plot(rows, about, names[1])
         if json is not None:
             report.write_figures(rows, about, json)
     timed = len({(row["op"], row["shape"]) for row in rows})
@@ -88,8 +90,8 @@ def _time_cases(
         print(
             f"\n{timed} of {len(chosen)} cases were timed in {budget.used:.0f} s; the others did not fit into --seconds"
         )
-    print(report.footer(rows, about))
-    return [csv_file, plot_file, *([json] if json is not None else [])]
+    print(report.footer(rows))
+    return [*names, *([json] if json is not None else [])]
 
 
 def time_cases(

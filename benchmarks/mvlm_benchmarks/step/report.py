@@ -25,7 +25,7 @@ def heading(about: dict[str, Any], setup: Row) -> str:
     """Two lines: the machine, and the settings of the measurement."""
     return "\n".join(
         [
-            results.heading(about).splitlines()[0],
+            results.heading(about).splitlines()[-1],
             f"{setup['preset']}, batch {setup['batch']}, {setup['caption_tokens']} tokens (the longest caption "
             f"{setup['longest']}), {setup['precision']}, {setup['threads']} threads, "
             f"{'with AdamW' if setup['optimizer'] else 'forward and backward only'}, {setup['rounds']} rounds",

@@ -21,7 +21,7 @@ from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
 from mvlm_dataloading.untrusted import open_regular, require_regular
 
 from .dali_index import KINDS, Int64
-from .description import shard_paths
+from .description import index_command, shard_paths
 from .remote_cache import RemoteCache
 from .sample_index import SampleIndex
 
@@ -138,7 +138,7 @@ class Dataset:
             check_size(self.tars[shard], self.shards[shard]["bytes"])
             if shard not in self.compared:
                 source = self.index.path or shard_paths(self.folder, self.shards[shard])[1]
-                hint = f"restore the shard, or make the index again with `mvlm data index {self.folder}`"
+                hint = f"restore the shard, or make the index again with {index_command(self.folder)}"
                 compare_with_tar(self.index, shard, self.tars[shard], source, hint)
                 self.compared.add(shard)
 

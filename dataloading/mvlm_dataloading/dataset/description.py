@@ -16,11 +16,16 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.sources.folder import LISTED
 from mvlm_dataloading.untrusted import open_regular, read_regular, resolve_inside
-from mvlm_dataloading.urls import is_remote
+from mvlm_dataloading.urls import is_remote, require_local
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+
+
+def index_command(folder: Path, *flags: str) -> str:
+    """The command that makes the indices of a folder again, for a shell, in back quotes for messages."""
+    return f"`{shlex.join(['mvlm', 'data', 'index', str(folder), *flags])}`"
 
 
 def describe_shard(tar: Path, samples: int, file: BufferedReader | None = None) -> dict[str, Any]:
@@ -115,11 +120,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Content of a data folder's `dataset.json`, with every field checked. DataError as `parse_description`."""
     file = folder / "dataset.json"
     if not folder.is_dir():
-        if re.match(r"[A-Za-z][A-Za-z0-9]+:/", str(folder)):
-            raise DataError(
-                f"{folder}: wanted a folder on this machine, found a URL, which this command does not read; "
-                f"copy the data here"
-            )
+        require_local(folder)
         raise DataError(f"{folder}: wanted a data folder, found none; `mvlm data` writes one")
     try:
         text = read_regular(file, "dataset.json", within=folder)

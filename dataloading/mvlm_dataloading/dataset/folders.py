@@ -207,7 +207,7 @@ class RemoteFolder:
         Args:
             heard: time at which something last came from the store. After `STALLED_S` there are no more attempts.
         """
-        place, began = f"{self.url}/{name}" if name else self.url, time.monotonic()
+        place, began, said = f"{self.url}/{name}" if name else self.url, time.monotonic(), ""
         for attempt in range(_ATTEMPTS):
             try:
                 return action(self._path(name))
@@ -236,7 +236,9 @@ class RemoteFolder:
                         f"{place}: wanted to read or write it, found that {attempt + 1} attempts failed: "
                         f"{what}; check the URL and your credentials"
                     ) from None
-                log.warning("%s: trying again after: %s", place, what)
+                if what != said:  # without a network all attempts fail alike
+                    log.warning("%s: trying again after: %s", place, what)
+                said = what
                 time.sleep(FIRST_PAUSE_S * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 

@@ -7,6 +7,7 @@ parsed and packed in memory by each process.
 import hashlib
 import io
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from mvlm_dataloading.urls import is_remote
 
 from .dali_index import IMAGE_EXTENSIONS, parse_index, read_head
 from .dataset import Dataset, check_size, compare_with_tar
-from .description import read_description, shard_paths
+from .description import index_command, read_description, shard_paths
 from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
 from .sample_index import (
     HEADER,
@@ -72,7 +73,7 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
         content = read_regular(folder / "dataset.json", "dataset.json", within=folder)
         return _open_linked(folder, description, split, index, open_remote_cache(str(folder.resolve()), content))
     if path.exists():
-        index = _map(path, split, description, f"make it again with `mvlm data index {folder} --without-tars`")
+        index = _map(path, split, description, f"make it again with {index_command(folder, '--without-tars')}")
         for shard in shards:
             _check_tar(shard_paths(folder, shard)[0], shard, path)
         return _dataset(folder, split, description, index)
@@ -80,7 +81,8 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
     _pack(folder, split, shards, content, with_tars=True)
     dataset = _dataset(folder, split, description, SampleIndex(content.getvalue()))
     _check_samples(dataset)
-    log.info("%s: opened from DALI indices; `mvlm data index %s --without-tars` makes that faster", folder, folder)
+    faster = index_command(folder, "--without-tars")
+    log.info("%s: opened from DALI indices; %s makes that faster", folder, faster)
     return dataset
 
 
@@ -227,7 +229,7 @@ def _map(
 def _check_tar(tar: Path, shard: dict[str, Any], path: Path) -> None:
     """Check that a shard is there, has its size, and is not newer than its index at `path`."""
     if check_size(tar, shard["bytes"]).st_mtime_ns > path.stat().st_mtime_ns:
-        hint = f"make it again with `mvlm data index {tar.parent}` (copied without their times, as cp -r does?)"
+        hint = f"make it again with {index_command(tar.parent)} (copied without their times, as cp -r does?)"
         raise DataError(
             f"{path}: wanted an index at least as new as {tar.name}, found an older one; "
             f"{'make the view again' if 'index' in shard else hint}"
@@ -298,7 +300,11 @@ def _pack(
 
 def _hint(tar: Path, path: Path, shard: dict[str, Any]) -> str:
     """The way to a good DALI index, for messages."""
-    return "make the view again" if "index" in shard else f"make it again with `wds2idx {tar} {path}`"
+    return (
+        "make the view again"
+        if "index" in shard
+        else f"make it again with `{shlex.join(['wds2idx', str(tar), str(path)])}`"
+    )
 
 
 def _add(writer: IndexWriter, tar: Path, path: Path, shard: dict[str, Any], hint: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mvlm_dataloading.errors import DataError
 
-from .files import captions_in_cell, karpathy_images, read_as, read_json, reason_if_outside
+from .files import COCO_CAPTIONS, coco_images, karpathy_images, read_as, reason_if_outside
 from .record import Record, Source, canonical_split, published, require_folder, source
 
 _FOLDERS = ("train2014", "val2014", "train2017", "val2017")
@@ -62,17 +62,12 @@ def _name(file: Path) -> tuple[str, str]:
 
 def _captions(root: Path, file: Path) -> list[Record]:
     """A record for each image."""
-    with read_as(file, "COCO captions (images, annotations)"):
-        content = read_json(file)
-        captions: dict[int, list[str]] = {}
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).extend(captions_in_cell(annotation["caption"]))
-        licences = {licence["id"]: licence.get("url") for licence in content.get("licenses", ())}
-        folder, records = root / file.stem.removeprefix("captions_"), []
-        for image in content["images"]:
-            number, licence = image["id"], licences.get(image.get("license"))
-            records.append(_record(folder, image["file_name"], number, captions.get(number, []), licence))
-        return records
+    folder = root / file.stem.removeprefix("captions_")
+    with read_as(file, COCO_CAPTIONS):
+        return [
+            _record(folder, image["file_name"], image["id"], captions, licence)
+            for image, captions, licence in coco_images(file)
+        ]
 
 
 def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:

@@ -292,3 +292,18 @@ def karpathy_images(file: Path) -> Iterator[tuple[str, list[str], dict[str, Any]
         for image in read_json(file)["images"]:
             captions = captions_in_cell([sentence["raw"] for sentence in image["sentences"]])
             yield canonical_split(image["split"], str(file)), captions, image
+
+
+COCO_CAPTIONS = "COCO captions (images, annotations)"
+
+
+def coco_images(file: Path) -> Iterator[tuple[dict[str, Any], list[str], str | None]]:
+    """Yield fields, captions and licence of each image of a file of captions in COCO's format."""
+    with read_as(file, COCO_CAPTIONS):
+        content = read_json(file)
+        captions: dict[int, list[str]] = {}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).extend(captions_in_cell(annotation["caption"]))
+        licences = {licence["id"]: licence.get("url") for licence in content.get("licenses") or ()}
+        for image in content["images"]:
+            yield image, captions.get(image["id"], []), licences.get(image.get("license"))

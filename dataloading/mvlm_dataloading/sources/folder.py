@@ -1,4 +1,4 @@
-"""A folder of images, with captions in a table or in one text file per image."""
+"""A folder of images, with captions in a table, in COCO's JSON or in one text file per image."""
 
 import os
 import re
@@ -13,7 +13,16 @@ from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.untrusted import LIMITS, read_regular
 
-from .files import captions_in_row, published_files, read_rows, reason_if_outside, several_columns
+from .files import (
+    COCO_CAPTIONS,
+    captions_in_row,
+    coco_images,
+    published_files,
+    read_as,
+    read_rows,
+    reason_if_outside,
+    several_columns,
+)
 from .record import (
     Record,
     Source,
@@ -49,7 +58,7 @@ def folder(
     licence: str = "",
     name: str = "folder",
 ) -> Source:
-    """A folder of images, with captions in a table or in one text file per image.
+    """A folder of images, with captions in a table, in COCO's JSON or in one text file per image.
 
     Images of other formats than JPEG, PNG and WebP are rejected when it is built. An image's split is that of the
     table. Without one, the images of a folder directly in it that is named as an evaluation split, such as val2017 or
@@ -57,7 +66,8 @@ def folder(
 
     Args:
         images: Folder of images, subfolders included.
-        captions: Table of captions: .csv, .tsv or .jsonl. Default: the captions of a/b.jpg are the lines of a/b.txt.
+        captions: Table of captions: .csv, .tsv or .jsonl; or a .json in COCO's format. Default: the captions of a/b.jpg
+            are the lines of a/b.txt.
         image_column: Column of file names, relative to the folder.
         caption_column: Columns of captions. Several columns, and several rows of an image, are several captions, and a
             cell of a .jsonl may hold a list.
@@ -75,6 +85,11 @@ def folder(
     recipe: dict[str, Any] = {"validation": validation, "test": test}
     if captions is None:
         found = _sidecars(images)
+    elif captions.suffix.lower() == ".json":
+        if (image_column, several_columns(caption_column), split_column) != ("image", ("caption",), None):
+            raise DataError(f"{captions}: wanted a table for the names of columns, found a .json; leave them out")
+        found = _coco(images, captions)
+        recipe["captions"] = [file_sha256(captions)]
     else:
         columns = several_columns(caption_column)
         found = _table(images, captions, image_column, columns, split_column)
@@ -139,6 +154,14 @@ def _table(
         captions.setdefault(name, []).extend(captions_in_row(row, caption_columns))
         splits[name] = split or splits.get(name)
     return [(_record(images, name, known, reason_if_outside(name)), splits[name]) for name, known in captions.items()]
+
+
+def _coco(images: Path, file: Path) -> list[tuple[Record, str | None]]:
+    captions: dict[str, list[str]] = {}
+    with read_as(file, COCO_CAPTIONS):
+        for image, texts, _ in coco_images(file):
+            captions.setdefault(_name_here(images, image["file_name"]), []).extend(texts)
+    return [(_record(images, name, known, reason_if_outside(name)), None) for name, known in captions.items()]
 
 
 def table_rows(

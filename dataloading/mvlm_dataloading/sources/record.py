@@ -22,6 +22,7 @@ from mvlm_dataloading.files import sha256
 from mvlm_dataloading.images.decode import decode
 from mvlm_dataloading.images.limits import ImageLimits
 from mvlm_dataloading.untrusted import check_links, open_regular
+from mvlm_dataloading.urls import require_local
 
 Box = tuple[int, int, int, int]
 
@@ -154,7 +155,7 @@ def source(function: Callable[P, Source]) -> Callable[P, Source]:
 
     Its parameters become the command's: those before `/` stand alone, the others are flags. Its docstring is the help,
     with a line for each parameter under `Args:`, but for `Raises:`. Every source raises DataError for a file or folder
-    that is missing or has another format, and for a folder with a link that leaves it.
+    that is missing, is a URL or has another format, and for a folder with a link that leaves it.
 
     NOTE: links are checked in arguments that are folders. A source that finds images beside a file has to call
     `check_links` for their folder, or foreign data may name any file of the machine.
@@ -164,7 +165,10 @@ def source(function: Callable[P, Source]) -> Callable[P, Source]:
     def checked(*arguments: P.args, **settings: P.kwargs) -> Source:
         for value in (*arguments, *settings.values()):
             for path in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(path, Path) and path.is_dir():
+                if not isinstance(path, Path):
+                    continue
+                require_local(path)
+                if path.is_dir():
                     check_links(path)
         return function(*arguments, **settings)
 

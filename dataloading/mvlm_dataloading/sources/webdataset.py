@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,14 @@ from .files import captions_in_cell, published_files, refuse_repeated_files
 from .record import (
     Record,
     Source,
+    check_shares,
     file_fingerprint,
     file_sha256,
     is_evaluation,
     looks_like_evaluation,
     safe_key,
     source,
+    split_by_hash,
 )
 from .tar_samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
 
@@ -46,12 +48,14 @@ _LISTS = {
 
 
 @source
-def cc3m(train: Sequence[Path], validation: Sequence[Path] = (), *, name: Literal["cc3m", "sbu"] = "cc3m") -> Source:
+def cc3m(
+    train: Sequence[Path], validation: float | tuple[Path, ...] = (), *, name: Literal["cc3m", "sbu"] = "cc3m"
+) -> Source:
     """Conceptual Captions 3M, or SBU's table of captions, as img2dataset downloads them.
 
     Args:
         train: Folders of img2dataset's tars and tables: 00000.tar with 00000.parquet, and so on.
-        validation: Folders of the validation split.
+        validation: Folders of the validation split, or a share of the train split, chosen by a hash of the image.
         name: Which of the two lists it is: dataset.json states its origin and licence.
     """
     origin, licence, attribution = _LISTS[name]
@@ -62,8 +66,8 @@ def cc3m(train: Sequence[Path], validation: Sequence[Path] = (), *, name: Litera
 @source
 def webdataset(
     train: Sequence[Path] = (),
-    validation: Sequence[Path] = (),
-    test: Sequence[Path] = (),
+    validation: float | tuple[Path, ...] = (),
+    test: float | tuple[Path, ...] = (),
     *,
     caption_field: str = "caption",
     prefix_keys: bool = False,
@@ -74,8 +78,9 @@ def webdataset(
 
     Args:
         train: Tars, or folders of tars, of the train split. They may be compressed.
-        validation: Tars, or folders of tars, of the validation split.
-        test: Tars, or folders of tars, of the test split.
+        validation: Tars, or folders of tars, of the validation split, or a share of train, chosen by a hash of the
+            image.
+        test: Tars, or folders of tars, of the test split, or a share of train, chosen by a hash of the image.
         caption_field: Field of a sample's .json with its captions, if it has no .txt.
         prefix_keys: Put the tar's name before all keys. For tars whose first 16 keys differ and later ones do not.
         licence: Licence to state in dataset.json.
@@ -90,29 +95,37 @@ def webdataset(
 
 
 def tar_pieces(
-    splits: Mapping[str, Sequence[Path]], caption_field: str = "caption", prefix_keys: bool = False
+    splits: Mapping[str, Sequence[Path] | float], caption_field: str = "caption", prefix_keys: bool = False
 ) -> tuple["list[TarPiece]", dict[str, Any]]:
-    """Pieces of the tars of each split, with keys that do not collide, and their part of a recipe."""
-    pieces: list[TarPiece] = []
-    given = [path for paths in splits.values() for path in paths]
-    several = sum(bool(paths) for paths in splits.values()) > 1
-    for split, paths in splits.items():
+    """Pieces of the tars of each split, with keys that do not collide, and their part of a recipe.
+
+    Args:
+        splits: tars and folders of each split, or the share of train that it takes.
+    """
+    tars: list[TarPiece] = []
+    given = {split: paths for split, paths in splits.items() if not isinstance(paths, int | float)}
+    shares = {split: share for split, share in splits.items() if isinstance(share, int | float)}
+    check_shares(shares.get("validation", 0.0), shares.get("test", 0.0))
+    all_paths = [path for paths in given.values() for path in paths]
+    several = sum(bool(paths) for paths in given.values()) > 1
+    for split, paths in given.items():
         # img2dataset numbers the samples of every download from 0.
         prefix = f"{split}-" if several else ""
-        folders = [find_tars(path, given) for path in paths]
+        folders = [find_tars(path, all_paths) for path in paths]
         if split == "train":
             _refuse_evaluation_tars(paths, folders)
         for tar, own in _with_key_prefixes(paths, folders, prefix_keys):
             sidecar = tar.with_suffix(".parquet")
             table = file_sha256(sidecar) if sidecar.is_file() else None
-            pieces.append(TarPiece(split, tar, prefix + own, caption_field, tuple(file_fingerprint(tar)), table))
-    refuse_repeated_files(tar.path for tar in pieces)
-    _refuse_copies(pieces)
+            tars.append(TarPiece(split, tar, prefix + own, caption_field, tuple(file_fingerprint(tar)), table))
+    refuse_repeated_files(tar.path for tar in tars)
+    _refuse_copies(tars)
     sizes: dict[str, list[Any]] = {}
-    for tar in pieces:
+    for tar in tars:
         table = [] if tar.table_sha256 is None else [tar.table_sha256]
         sizes.setdefault(tar.split, []).append([*tar.fingerprint, tar.prefix, *table])
-    return pieces, {"tars": sizes, "caption_field": caption_field}
+    pieces = [piece for tar in tars for piece in tar.divided(shares)]
+    return pieces, {"tars": sizes, "caption_field": caption_field, **shares}
 
 
 def _refuse_copies(pieces: "Sequence[TarPiece]") -> None:
@@ -197,12 +210,32 @@ class TarPiece:
     """Result of `file_fingerprint` when the tar was listed. A build refuses a tar that has changed since."""
     table_sha256: str | None = None
     """Hash of img2dataset's table beside the tar, which a build refuses too if it differs; None without a table."""
+    shares: Mapping[str, float] | None = None
+    """Shares of the tar's samples that evaluation splits take, of which this piece has those of `split`. None: it has
+    all samples."""
 
     @property
     def label(self) -> str:
         return f"{self.split} {self.path.name}"
 
+    def divided(self, shares: Mapping[str, float]) -> "list[TarPiece]":
+        """The tar as a piece for each split that has a share of it. Only tars of train are divided."""
+        if self.split != "train" or not any(shares.values()):
+            return [self]
+        return [replace(self, split=split, shares=shares) for split in ("train", *shares)]
+
     def records(self, max_bytes: int) -> Iterator[Record]:
+        for record in self._all_records(max_bytes):
+            if self.shares is None or self._share_of(record) == self.split:
+                yield record
+
+    def _share_of(self, record: Record) -> str:
+        """Split of a record by a hash of its image, so that copies of an image stay together; else of its key."""
+        assert self.shares is not None
+        text = hashlib.sha256(record.image).hexdigest() if isinstance(record.image, bytes) else record.key
+        return split_by_hash(text, self.shares.get("validation", 0.0), self.shares.get("test", 0.0))
+
+    def _all_records(self, max_bytes: int) -> Iterator[Record]:
         sidecar = _read_sidecar(self.path.with_suffix(".parquet"), self.table_sha256)
         found: set[str] = set()
         for sample in read_samples(self.path, max_bytes, self.fingerprint):
@@ -232,7 +265,8 @@ class TarPiece:
         return captions, "metadata are too long" if sample.long_metadata and not captions else None
 
     def _refusal(self, key: str, reason: str) -> Record:
-        return Record(safe_key(self.prefix + key), None, (), f"{self.path}:{key}", fault=reason)
+        where = str(self.path) if key == self.path.name else f"{self.path}:{key}"  # of the tar, or of a sample
+        return Record(safe_key(self.prefix + key), None, (), where, fault=reason)
 
 
 def _describe(text: bytes | None, prefix: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import is_visible, repeats, same_words, script_of
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, components_of, parse_index
 from mvlm_dataloading.dataset.dataset import image_name, parse_captions, parse_metadata, split_stored_tokens
-from mvlm_dataloading.dataset.description import read_description, shard_paths
+from mvlm_dataloading.dataset.description import index_command, read_description, shard_paths
 from mvlm_dataloading.dataset.open import is_linked, open_dataset
 from mvlm_dataloading.dataset.sample_index import fingerprint_of, index_path, map_index, pack_records
 from mvlm_dataloading.errors import DataError, need
@@ -175,7 +175,7 @@ def _opening_problems(folder: Path, split: str) -> list[str]:
     index = dataset.index
     with contextlib.suppress(DataError):  # damaged records, of which the check of their shard tells
         if index.fingerprint != fingerprint_of(index, split, dataset.shards, dataset.description.get("captions")):
-            hint = f"`mvlm data index {folder} --without-tars`"
+            hint = index_command(folder, "--without-tars")
             return [f"{split}.index: wanted the fingerprint of its samples, found another; {hint}"]
     return []
 
@@ -236,7 +236,7 @@ def _index_problem(task: _Task, text: bytes) -> str | None:
     path = index_path(task.folder, task.split)
     if not path.is_file():
         return None
-    hint = f"`mvlm data index {task.folder} --without-tars`"
+    hint = index_command(task.folder, "--without-tars")
     wanted = parse_index(text)
     try:
         index = map_index(path, hint)

@@ -27,6 +27,7 @@ from mvlm_dataloading.sources.record import canonical_split, split_in_name
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, split_member_name
 from mvlm_dataloading.tar_walk import DamagedTar, Member, TarWalk
 from mvlm_dataloading.untrusted import opened_unchanged
+from mvlm_dataloading.urls import require_local
 
 _KNOWN = (*IMAGE_EXTENSIONS, "txt", "json", "tok")
 _MAX_TEXT = 1 << 22
@@ -191,6 +192,7 @@ def rebuild_indices(folder: Path, split: str | None = None, *, without_tars: boo
         for name in description["splits"]:
             write_index(folder, name)
         return description
+    require_local(folder)
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if not tars:
         raise DataError(f"{folder}: wanted a folder of tars, found none; give another folder")

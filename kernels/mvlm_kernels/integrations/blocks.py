@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 from mvlm_kernels import add_layer_norm, dispatch, gelu_linear
 from mvlm_kernels.add_layer_norm import WIDEST
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
-from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
+from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport, listening, note
 from mvlm_kernels.integrations.classes import in_torchscript, node_of_call, put_back, scripted_as, traced
 
 __all__ = ["swap_blocks"]
@@ -41,12 +41,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Form:
     """A form of module that an op can compute.
 
-    forward: the fused forward. why_not: reason why it cannot replace this module's own; None if it can. node: torch.fx
-    does not look into the module, whose calls are one node each.
+    forward: the fused forward. why_not: reason why it cannot replace this module's own; None if it can. explain: gives
+    `calls.note` the op's arguments for a call of the module, and that reason. node: torch.fx does not look into the
+    module, whose calls are one node each.
     """
 
     forward: Callable[..., Tensor]
     why_not: Callable[[Any], Refusal | None]
+    explain: Callable[..., None]
     node: bool = True
 
 
@@ -71,7 +73,7 @@ def swap_blocks(model: nn.Module) -> SwapReport:
             module.__class__ = swapped_class(type(module))
             swapped.append(module)
 
-    return SwapReport(parts, lambda: put_back(swapped))
+    return SwapReport(parts, lambda: put_back(swapped), model)
 
 
 class Swapped(nn.Module):
@@ -110,6 +112,8 @@ def _forward(module: nn.Module, original: Any, form: Form, args: Any, kwargs: di
     if tracer is not None and form.node:
         node = node_of_call(tracer, module, args, kwargs)
         return original.forward(module, *args, **kwargs) if node is None else node
+    if listening():
+        form.explain(module, form.why_not(module), *args, **kwargs)
     if form.why_not(module) is not None or (tracer is None and (in_torchscript() or kernel_reasons(x))):
         return original.forward(module, *args, **kwargs)
     return form.forward(module, *args, **kwargs)
@@ -197,6 +201,11 @@ def _block(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return x + block.drop_path2(block.ls2(block.mlp(n)))
 
 
+def _explain_block(block: Any, reason: Refusal | None, x: Tensor, *_: Any, **__: Any) -> None:
+    norm = block.norm2
+    note(block, add_layer_norm, [reason], x, x, norm.weight, norm.bias, norm.eps)
+
+
 @fx.wrap  # one node of a traced model
 def residual_norm(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, linear_follows: bool
@@ -217,11 +226,24 @@ def _plain_residual_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps
     return x, F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def _explain_mlp(mlp: Any, reason: Refusal | None, x: Tensor) -> None:
+    dropout = None
+    if mlp.drop1.training and mlp.drop1.p > 0:
+        dropout = refusal("there is dropout between the layers", "the original forward runs")
+    h = x.new_empty(*x.shape[:-1], mlp.fc1.out_features)
+    note(mlp, gelu_linear, [reason, dropout], h, mlp.fc2.weight, mlp.fc2.bias)
+
+
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """Forward of timm's Mlp: x (.., C). The op has no dropout between the layers."""
     if mlp.drop1.training and mlp.drop1.p > 0:
         return mlp.swapped_from.forward(mlp, x)
     return mlp.drop2(gelu_linear(mlp.fc1(x), mlp.fc2.weight, mlp.fc2.bias))
+
+
+def _explain_residual_norm(module: Any, reason: Refusal | None, hidden_states: Tensor, input_tensor: Tensor) -> None:
+    norm = module.LayerNorm
+    note(module, add_layer_norm, [reason], input_tensor, input_tensor, norm.weight, norm.bias, norm.eps, post_norm=True)
 
 
 def _residual_norm(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
@@ -247,11 +269,13 @@ def _forms() -> list[tuple[type[nn.Module], Form]]:
         from timm.layers.mlp import Mlp
         from timm.models.vision_transformer import Block
 
-        found += [(Block, Form(_block, _why_not_block, node=False)), (Mlp, Form(_mlp, _why_not_mlp))]
+        block = Form(_block, _why_not_block, _explain_block, node=False)
+        found += [(Block, block), (Mlp, Form(_mlp, _why_not_mlp, _explain_mlp))]
     if "transformers" in sys.modules:
         from transformers.models.bert.modeling_bert import BertSelfOutput
 
-        found.append((BertSelfOutput, Form(_residual_norm, _why_not_residual_norm)))
+        form = Form(_residual_norm, _why_not_residual_norm, _explain_residual_norm)
+        found.append((BertSelfOutput, form))
     return found
 
 

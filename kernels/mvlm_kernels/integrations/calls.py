@@ -1,8 +1,11 @@
 """Report of a swap in someone else's model: the swapped parts, and the calls of them that the op computes."""
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -39,11 +42,13 @@ class Part:
 class SwapReport:
     """Parts of a model that a swap looked at, in the model's order.
 
-    ``str(report)`` has one line a part. :meth:`undo` puts everything back.
+    ``str(report)`` has one line a part. :meth:`undo` puts everything back. :meth:`explain` says which calls the kernels
+    compute for given inputs: a swapped part may have none.
     """
 
     parts: Sequence[Part]
     restore: Callable[[], None] = field(repr=False)
+    model: torch.nn.Module = field(repr=False)
 
     @property
     def swapped(self) -> tuple[Part, ...]:
@@ -54,6 +59,13 @@ class SwapReport:
     def kept(self) -> tuple[Part, ...]:
         """Parts that were left as they were; each has a reason."""
         return tuple(part for part in self.parts if part.reason is not None)
+
+    def explain(self, inputs: Any, *, as_if: str | None = None) -> "ModelExplanation":
+        """Explain which calls of the model, as it is now, the kernels compute for these inputs.
+
+        Arguments are those of :func:`mvlm_kernels.explain_model`.
+        """
+        return explain_swapped(copy.deepcopy(self.model), inputs, as_if)
 
     def undo(self) -> tuple[Part, ...]:
         """Put the original parts back, and return them. Parameters keep their present values."""
@@ -131,3 +143,107 @@ def _kernel_reasons(
         without = dispatch.device_reasons(device)
         return tuple(reason for reason in found if reason not in without)
     return found
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call of a swapped module.
+
+    path: name of the module in the model. kind: its class. op: what computes the call, if a kernel runs. shape: that of
+    the op's first tensor. reasons: why the library's own code runs; empty if a kernel does.
+    """
+
+    path: str
+    kind: str
+    op: str
+    shape: tuple[int, ...]
+    reasons: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """Calls of the swapped modules of a model for given inputs, in their order; see :func:`explain_model`.
+
+    ``str(..)`` has equal calls on one line. kept: parts that a swap leaves as they are, each with a reason.
+    """
+
+    calls: tuple[OpCall, ...]
+    where: str
+    kept: tuple[Part, ...] = ()
+
+    @property
+    def fused(self) -> tuple[OpCall, ...]:
+        """Calls that a kernel computes."""
+        return tuple(call for call in self.calls if not call.reasons)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} of {len(self.calls)} calls by kernels on {self.where}"]
+        first = {(call.kind, call.op, call.shape, call.reasons): call.path for call in reversed(self.calls)}
+        counts = Counter((call.kind, call.op, call.shape, call.reasons) for call in self.calls)
+        for same, count in counts.items():
+            kind, op, shape, reasons = same
+            what = f"{count} x {op} of {shape} in {kind}, the first in {first[same] or 'the model'}"
+            lines.append(f"own code: {what}: {'; '.join(reasons)}" if reasons else f"kernel: {what}")
+        if not self.calls and not self.kept:
+            lines.append(f"no module is swapped: {ELSEWHERE}")
+        lines += [f"kept: {part.path or 'the model'} ({part.kind}): {part.reason}" for part in self.kept]
+        return "\n".join(lines)
+
+
+class _Listener:
+    """Receives the calls of swapped modules. as_if: see :func:`explain_swapped`."""
+
+    def __init__(self, model: torch.nn.Module, as_if: str | None) -> None:
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.as_if = as_if
+        self.calls: list[OpCall] = []
+
+
+_listener: _Listener | None = None
+
+
+def listening() -> bool:
+    """True while :func:`explain_swapped` runs a model."""
+    return _listener is not None
+
+
+def note(
+    module: torch.nn.Module, op: Callable[..., Any], own: Sequence[Refusal | None], *args: Any, **kwargs: Any
+) -> None:
+    """Tell of a call of a swapped module, while a model is explained.
+
+    own: reasons of the module against the op, which would be called with the other arguments.
+    """
+    listener = _listener
+    if listener is None:
+        return
+    reasons = tuple(reason for reason in own if reason is not None)
+    if not reasons:
+        found = dispatch.explain(op, *args, as_if=listener.as_if, **kwargs)
+        reasons = tuple(map(Refusal, found.reasons)) if found.backend == "torch" else ()
+    path = listener.paths.get(id(module), "")
+    listener.calls.append(OpCall(path, type(module).__name__, op.__name__, tuple(args[0].shape), reasons))
+
+
+def explain_swapped(
+    model: torch.nn.Module, inputs: Any, as_if: str | None, kept: tuple[Part, ...] = ()
+) -> ModelExplanation:
+    """Run a swapped model once, without gradients, and explain the calls of its swapped modules.
+
+    Args:
+        inputs: a tensor, the arguments of the model in a tuple or list, or its keywords in a mapping.
+        as_if: a GPU such as "sm_90", on which the ops would get these tensors; None for the device of the tensors.
+    """
+    global _listener
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    before, _listener = _listener, _Listener(model, as_if)
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if isinstance(inputs, Mapping):
+                model(**inputs)
+            else:
+                model(*(inputs if isinstance(inputs, tuple | list) else (inputs,)))
+        calls = tuple(_listener.calls)
+    finally:
+        _listener = before
+    return ModelExplanation(calls, as_if or str(device), kept)

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from mvlm_kernels import dispatch, gather_patches, registration
 from mvlm_kernels.dispatch import Refusal, refusal
-from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
+from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport, listening, note
 from mvlm_kernels.integrations.classes import in_torchscript, node_of_call, put_back, scripted_as, traced
 
 
@@ -79,6 +79,9 @@ class GatherPatchEmbed(PatchEmbed):
             raise ValueError(f"images must be {self.img_size} pixels, got {tuple(x.shape[2:])}")
         self._check_range(x)
         dtype = dispatch.autocast_dtype(x.device)
+        if listening():
+            patch = getattr(self.proj, "kernel_size", self.patch_size)[0]
+            note(self, gather_patches, [self.why_not_gathered(x)], x, patch_ids, patch, mean=self.mean, std=self.std)
         if in_torchscript() or self.why_not_gathered(x) is not None:
             own = next(p.dtype for p in self.proj.parameters() if p.is_floating_point())
             return self._by_original_forward(x, patch_ids, _computed_in(own, dtype))
@@ -210,7 +213,7 @@ def swap(
             for name in ("mean", "std", "range_is_known"):
                 vars(embed).pop(name, None)
 
-    return SwapReport(parts, restore)
+    return SwapReport(parts, restore, model)
 
 
 def swap_patch_embed(

@@ -31,6 +31,8 @@ from mvlm_kernels.integrations.calls import (
     Part,
     SwapReport,
     kernel_reasons,
+    listening,
+    note,
     record,
     recording,
 )
@@ -77,7 +79,7 @@ def swap(model: torch.nn.Module, name: str = NAME) -> SwapReport:
             if config._attn_implementation_internal == name:  # else another was chosen after the swap
                 config._attn_implementation_internal = implementation
 
-    return SwapReport(parts, restore)
+    return SwapReport(parts, restore, model)
 
 
 _NAMES_SDPA = re.compile(r"_attn_implementation\w*\s*(?:==|!=|in|not in)\s*[^\n]*[\"']sdpa[\"']")
@@ -290,8 +292,10 @@ def attention(
         raise ValueError(
             f"attention_mask must have shape (batch, heads or 1, queries, keys), got {tuple(attention_mask.shape)}"
         )
-    reasons = _kernel(query, key)
-    if not reasons or recording():  # without a kernel the other reasons matter to a record alone
+    padding = None if attention_mask is None else _key_padding(attention_mask, query, key)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D), no copy
+    reasons = of_device = _kernel(query, key)
+    if not reasons or recording() or listening():  # without a kernel the other reasons matter to a record alone
         reasons = why_not_fused(
             module,
             query,
@@ -303,10 +307,10 @@ def attention(
             sliding_window=kwargs.get("sliding_window"),
             output_attentions=kwargs.get("output_attentions"),
         )
+        own = [reason for reason in reasons if reason not in of_device]
+        note(module, cross_attention, own, q, k, v, key_mask=padding, dropout_p=dropout)
     record(module, query.shape[2], key.shape[2], reasons)
     if not reasons:
-        padding = None if attention_mask is None else _key_padding(attention_mask, query, key)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D), no copy
         return cross_attention(q, k, v, key_mask=padding, scale=scaling, dropout_p=dropout), None
     return sdpa_attention_forward(
         module,

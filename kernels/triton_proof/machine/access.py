@@ -25,6 +25,7 @@ def load(m: Any, ins: Any, space: str, address: np.ndarray, mask: Any, size: int
             words = _load_shared(m, ins, addresses, m.all_lanes(lanes), size, n)
         else:
             words = m.memory.load(ins, addresses, size, n, (lanes, shape))
+            _note_mask(m, ins, lanes)
             if m.counting:
                 count_global(m, "global load", ins, addresses, size * n, lanes, shape)
         m.step += 1
@@ -52,10 +53,16 @@ def store(m: Any, ins: Any, space: str, address: np.ndarray, values: list[np.nda
         _store_shared(m, ins, addresses, rows, m.all_lanes(lanes))
     elif space == "global":
         m.memory.store(ins, addresses, rows, size, len(values), (lanes, shape))
+        _note_mask(m, ins, lanes)
         if m.counting:
             count_global(m, "global store", ins, addresses, size * len(values), lanes, shape)
     else:
         m.find("out-of-bounds", ins, f"store to {space} memory", len(addresses))
+
+
+def _note_mask(m: Any, ins: Any, lanes: np.ndarray | None) -> None:
+    if ins.predicate is not None:
+        m.launch.masks[ins.where] |= lanes is not None
 
 
 def route(space: str, address: np.ndarray) -> tuple[str, np.ndarray]:
@@ -103,7 +110,8 @@ def _store_shared(m: Any, ins: Any, addresses: np.ndarray, values: np.ndarray, l
         if lost.any():
             byte = int(offsets[np.flatnonzero(lost)[0]]) % m.shared.stride
             text = f"lanes of one instruction store different values at byte {byte} of shared memory"
-            m.find("race", ins, text, int(lost.sum()))
+            kind = "reduction-bits" if id(ins) in m.program.of_reductions else "race"
+            m.find(kind, ins, text, int(lost.sum()))
     if m.counting:
         count_shared_lanes(m, "shared store", ins, offsets, lanes, total)
 

@@ -8,6 +8,9 @@ NO_EFFECT = ("fence", "membar", "griddepcontrol", "nanosleep", "prefetch", "pref
              "applypriority")  # fmt: skip
 _WITHOUT_RESULT = ("st", "bra", "ret", "exit", "trap", "bar", "barrier", "red", "stmatrix", "cp", *NO_EFFECT)
 
+_STEPS, _FLOATS = ("add", "fma", "max", "min", "mul"), ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64")
+"""Instructions that are a step of a reduction, and their types."""
+
 
 def registers_of(op: Operand) -> list[Reg]:
     """Every register that an operand names."""
@@ -59,6 +62,23 @@ def accumulators(function: Function) -> set[int]:
     """Registers that asynchronous products write."""
     products = (x for block in function.blocks for x in block.instructions if x.name == "wgmma")
     return {r.index for ins in products for r in destinations(ins)}
+
+
+def stores_of_reductions(function: Function) -> set[int]:
+    """Identities of the stores of a sum, or of another reduction of floats, over the lanes of a warp.
+
+    All lanes should have the same value, and do but for the order in which each took the operands.
+    """
+    instructions = [ins for block in function.blocks for ins in block.instructions]
+    exchanged = {r.index for ins in instructions if ins.opcode.startswith("shfl.sync.bfly") for r in destinations(ins)}
+    reduced: set[int] = set()
+    for ins in instructions:
+        read = {r.index for op in ins.operands[1:] for r in registers_of(op)}
+        step = ins.name in _STEPS and type_of(ins) in _FLOATS and read & exchanged
+        if step or (ins.name in ("mov", "cvt") and read & reduced):
+            reduced |= {r.index for r in destinations(ins)}
+    stores = [ins for ins in instructions if ins.name == "st"]
+    return {id(ins) for ins in stores if {r.index for r in registers_of(ins.operands[1])} & reduced}
 
 
 def shared_granule(function: Function) -> int:

@@ -5,7 +5,13 @@ from typing import Any
 import numpy as np
 
 from triton_proof.machine.layout import SHARED_BASE
-from triton_proof.program.analysis import accumulators, block_local_registers, registers_of, shared_granule
+from triton_proof.program.analysis import (
+    accumulators,
+    block_local_registers,
+    registers_of,
+    shared_granule,
+    stores_of_reductions,
+)
 from triton_proof.program.instructions import build_step
 from triton_proof.program.steps import Code, End, Step, class_of
 from triton_proof.ptx.parser import parse
@@ -41,6 +47,7 @@ class Program:
         self.param_bytes = max([p.offset + p.size for p in self.function.params], default=0)
         self.local_registers = block_local_registers(self.function)
         self.accumulators = accumulators(self.function)
+        self.of_reductions = stores_of_reductions(self.function)
         self.granule = shared_granule(self.function)
         self.blocks = [self._code(block) for block in self.function.blocks]
 

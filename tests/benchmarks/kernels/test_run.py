@@ -41,6 +41,14 @@ def test_run_on_a_cpu_writes_csv_plot_and_json(capsys, tmp_path) -> None:
         assert row["roofline_pct"] == row["graph_us"] == row["peak_mb"] == ""
 
 
+def test_a_run_says_first_what_runs_and_writes_nothing_unasked(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "time_cases", lambda *_: iter(()))
+    cli.find_command(["bench", "kernels", "--quick", "--device", "cpu", "--ops", "place_tokens"])()
+    assert "No Triton kernel" in capsys.readouterr().out.splitlines()[0]
+    assert not list(tmp_path.iterdir())
+
+
 def test_page_names_every_column_and_peer() -> None:
     for name in [*report.COLUMNS, *(peer.name for peer in PEERS)]:
         assert f"`{name}`" in PAGE, name

@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 
 from mvlm_dataloading import DataError, build_shards, check_shards, open_dataset, rebuild_indices
 from mvlm_dataloading.dataset.description import already_written, parse_description, read_description
+from mvlm_dataloading.sources.folder import folder
 from mvlm_dataloading.sources.record import ListedPiece, Source
+from mvlm_dataloading.sources.webdataset import webdataset
 from support.data import file_contents, make_image, make_record, shard_writer, write_dataset
 from support.folders import folder_hash
 
 
-@pytest.mark.parametrize("place", ["http:/host/data", "s3:/bucket/data", "file:/data"])
-def test_a_url_is_said_to_be_one(place):
+@pytest.mark.parametrize("place", ["http://host/data", "s3://bucket/data", "gs://bucket/data"])
+@pytest.mark.parametrize("read", [read_description, rebuild_indices, folder, lambda place: webdataset([place])])
+def test_a_url_is_said_to_be_one(place, read):
     """`Path` makes one slash of two."""
     with pytest.raises(DataError, match=f"{place}: wanted a folder on this machine, found a URL"):
-        read_description(Path(place))
+        read(Path(place))
 
 
 def test_a_folder_of_images_is_said_to_be_one(tmp_path):

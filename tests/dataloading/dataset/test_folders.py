@@ -111,3 +111,16 @@ def test_a_length_is_compared_with_that_of_the_store(folder, tmp_path, monkeypat
         left[:] = ["length"] * 4
         with pytest.raises(DataError, match=r"some\.json: .* 4 attempts failed: 6001 bytes on this side and 12003 at"):
             remote.read("some.json", LIMIT, exact=True)
+
+
+def test_attempts_that_fail_alike_are_told_once(monkeypatch, caplog):
+    """As without a network."""
+    monkeypatch.setattr(folders, "FIRST_PAUSE_S", 0)
+    reasons = iter(["no host", "no host", "no route", "no route"])
+
+    def fail(_: str) -> None:
+        raise OSError(next(reasons))
+
+    with pytest.raises(DataError, match="4 attempts failed: no route"):
+        RemoteFolder("https://host/data").attempt("some.json", fail)
+    assert [record.getMessage().rsplit(": ")[-1] for record in caplog.records] == ["no host", "no route"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,20 @@ def other_hash(folder: Path) -> None:
 def test_damage_beside_an_index_is_refused(folder, damage, words):
     damage(folder)
     refuse_to_open(folder, *words)
+
+
+def test_the_command_that_an_error_names_can_be_pasted(unindexed):
+    spaced = unindexed.rename(unindexed.with_name("my data"))
+    (spaced / IDX).write_text("v1.2 0\n")
+    os.utime(spaced / IDX, ns=(4 * 10**18, 4 * 10**18))
+    with pytest.raises(DataError) as refused:
+        open_dataset(spaced, "train")
+    assert shlex.split(str(refused.value).split("`")[1]) == ["wds2idx", str(spaced / TAR), str(spaced / IDX)]
+    write_index(write_dataset(spaced.with_name("other data"), 8), "train")
+    shutil.copy(spaced.with_name("other data") / "train.index", spaced / "train.index")
+    with pytest.raises(DataError) as refused:
+        open_dataset(spaced, "train")
+    assert shlex.split(str(refused.value).split("`")[1]) == ["mvlm", "data", "index", str(spaced), "--without-tars"]
 
 
 def test_an_unknown_split_is_refused(folder):

@@ -32,6 +32,24 @@ def test_folder_with_a_table(tmp_path):
     assert {**found["train"], **found["validation"], **found["test"]} == names
 
 
+def test_captions_in_the_format_of_coco(tmp_path):
+    published.folder(tmp_path / "images", 3, sidecars=False)
+    images = [{"id": i, "file_name": name} for i, name in enumerate(["a/0.jpg", "./b/1.jpg", "../a/2.jpg", "a/3.jpg"])]
+    texts = [(1, "one"), (0, "zero"), (1, "two"), (2, "outside"), (3, "no file")]
+    content = {"images": images, "annotations": [{"image_id": i, "caption": text} for i, text in texts]}
+    published.write_json(tmp_path / "captions.json", content)
+    source = folder(tmp_path / "images", tmp_path / "captions.json")
+    wanted = {safe_key("a/0"): ["zero"], safe_key("b/1"): ["one", "two"]}
+    assert build_source(source, tmp_path / "out") == {"train": wanted}
+    reasons = [line["reason"] for line in read_json_lines(tmp_path / "out/rejected.jsonl")]
+    assert reasons == ["image is outside the folder", "image file is missing"]
+    with pytest.raises(DataError, match="columns"):
+        folder(tmp_path / "images", tmp_path / "captions.json", caption_column=("text",))
+    published.write_json(tmp_path / "captions.json", [{"image": "a/0.jpg", "caption": "zero"}])
+    with pytest.raises(DataError, match="images, annotations"):
+        folder(tmp_path / "images", tmp_path / "captions.json")
+
+
 def test_several_columns_of_captions_are_read_in_their_order(tmp_path):
     published.folder(tmp_path / "images", 2, sidecars=False)
     rows = [{"image": "a/0.jpg", "long": ["one", "two"], "short": "three"}, {"image": "b/1.jpg", "short": "four"}]

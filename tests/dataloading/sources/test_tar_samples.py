@@ -191,6 +191,14 @@ def test_a_cut_tar_is_found_wherever_it_was_cut(tmp_path, name):
         assert mode != "w" or len(kept) >= sum(end <= cut for end in texts), cut
 
 
+def test_a_cut_tar_is_named_once(tmp_path, caplog):
+    content = write_tar(tmp_path / "x.tar", pairs(*range(12))).read_bytes()
+    (tmp_path / "x.tar").write_bytes(content[: len(content) // 2])
+    where = {line["where"] for line in read_json_lines(build(tmp_path / "x.tar") / "rejected.jsonl")}
+    assert str(tmp_path / "x.tar") in where
+    assert "x.tar:x.tar" not in caplog.text
+
+
 @pytest.mark.parametrize("first", [b"BZh12.jpg", b"BZh1AY.jpg", b"\x1f\x8b1.jpg"])
 def test_a_plain_tar_may_begin_like_a_compressed_one(tmp_path, first):
     name = first.decode("latin-1")

@@ -19,7 +19,7 @@ from support.data import build_source, read_json_lines
 def test_cc3m(tmp_path):
     published.img2dataset(tmp_path / "train")
     published.img2dataset(tmp_path / "validation", first=50, tars=1)
-    found = build_source(cc3m([tmp_path / "train"], [tmp_path / "validation"]), tmp_path / "out")
+    found = build_source(cc3m([tmp_path / "train"], (tmp_path / "validation",)), tmp_path / "out")
     numbers = {"train": [0, 1, 2, 3, 5, 6, 7, 8], "validation": [50, 51, 52, 53]}
     assert {split: [*part.values()] for split, part in found.items()} == {
         split: [published.captions(i)[:1] for i in known] for split, known in numbers.items()
@@ -33,6 +33,29 @@ def test_cc3m(tmp_path):
         ("train-000010004", "image was not downloaded"),
         ("validation-000000004", "image was not downloaded"),
     ]
+
+
+def test_a_share_of_the_training_tars_is_for_evaluation(tmp_path):
+    """Every sample is in one split, whatever else is built with it, and copies of an image are in one split."""
+    for tar in range(2):
+        write_tar(tmp_path / f"{tar}.tar", [f"{tar}-{i}" for i in range(30)], first=30 * tar)
+        write_tar(tmp_path / f"copies-{tar}.tar", [f"copy-{tar}-{i}" for i in range(30)], first=30 * tar)
+    tars = [tmp_path / "0.tar", tmp_path / "1.tar"]
+    found = build_source(webdataset(tars, 0.25, 0.25), tmp_path / "out")
+    keys = sorted(key for part in found.values() for key in part)
+    assert keys == sorted(f"{tar}-{i}" for tar in range(2) for i in range(30))
+    assert all(6 <= len(found[split]) <= 24 for split in ("validation", "test"))
+    one = build_source(webdataset(tars[:1], 0.25, 0.25), tmp_path / "one")
+    assert all(part.keys() <= found[split].keys() for split, part in one.items())
+    copies = build_source(webdataset([tmp_path / f"copies-{tar}.tar" for tar in range(2)], 0.25, 0.25), tmp_path / "c")
+    assert {split: {f"copy-{key}" for key in part} for split, part in found.items()} == {
+        split: set(part) for split, part in copies.items()
+    }
+    assert webdataset(tars, 0.25).recipe != webdataset(tars, 0.5).recipe
+    held_out = webdataset(tars, 0.5, (tmp_path / "copies-0.tar",)).pieces
+    assert [piece.split for piece in held_out] == ["train", "validation"] * 2 + ["test"]
+    with pytest.raises(DataError, match="shares"):
+        webdataset(tars, 0.75, 0.75)
 
 
 def test_keys_of_several_downloads_are_prefixed(tmp_path):
@@ -75,7 +98,7 @@ def test_keys_of_tars_that_each_count_from_0_are_prefixed(tmp_path):
     assert [*build_source(webdataset([tmp_path / "part.1.tar.gz"]), tmp_path / "alone")["train"]] == ["0", "1"]
     assert webdataset([tmp_path]).recipe == source.recipe
     with pytest.raises(DataError, match=r"part\.1\.tar\.gz: wanted each file once, found it twice"):
-        webdataset([tmp_path], validation=[tmp_path / "part.1.tar.gz"])
+        webdataset([tmp_path], validation=(tmp_path / "part.1.tar.gz",))
 
 
 def test_webdataset_of_other_tools(tmp_path):
@@ -93,7 +116,7 @@ def test_webdataset_of_other_tools(tmp_path):
                 ("name with blanks.txt", b"fifth"),
             ],
         )
-    found = build_source(webdataset(test=[tmp_path / "some.tar.gz"], caption_field="text"), tmp_path / "out")
+    found = build_source(webdataset(test=(tmp_path / "some.tar.gz",), caption_field="text"), tmp_path / "out")
     names = {"a/one": ["first", "second"], "with.dots.in.it": ["third", "fourth"], "name with blanks": ["fifth"]}
     assert found == {"test": {safe_key(name): captions for name, captions in names.items()}}
 
@@ -136,7 +159,7 @@ def test_tars_of_an_evaluation_split_in_a_subfolder_are_never_trained_on(tmp_pat
         write_tar(tmp_path / "tars" / name, [str(number)], name, first=number)
     with pytest.raises(DataError, match=r"val/1\.tar: wanted tars of the train split, found the folder val; name it"):
         webdataset([tmp_path / "tars"])
-    found = build_source(webdataset([tmp_path / "tars"], [tmp_path / "tars" / "val"]), tmp_path / "out")
+    found = build_source(webdataset([tmp_path / "tars"], (tmp_path / "tars" / "val",)), tmp_path / "out")
     assert found == {"train": {"train-0": ["0.tar"]}, "validation": {"validation-1": ["val/1.tar"]}}
 
 
@@ -153,14 +176,14 @@ def test_a_tar_of_an_evaluation_split_is_not_taken_for_training_too(tmp_path, su
     one, two, copy = tmp_path / "a.tar", tmp_path / "b.tar", tmp_path / f"copy.tar{suffix}"
     copy.write_bytes(gzip.compress(one.read_bytes()) if suffix else one.read_bytes())
     with pytest.raises(DataError, match=r"a\.tar: wanted each file once, found it twice"):
-        webdataset([one], test=[one])
+        webdataset([one], test=(one,))
     message = r"a\.tar: wanted training tars .* found the same bytes in .*copy\.tar of (validation|test)"
     if suffix:  # other bytes, and the same images
         message = r"wanted training samples that are in no evaluation split, found that all 3 are in one"
-    for validation, test in (([copy], []), ([], [copy])):
+    for validation, test in (((copy,), ()), ((), (copy,))):
         with pytest.raises(DataError, match=message):
             build_source(webdataset([one], validation, test), tmp_path / "out")
         assert not (tmp_path / "out").exists()
     if suffix:
-        found = build_source(webdataset([one, two], test=[copy]), tmp_path / "out")
+        found = build_source(webdataset([one, two], test=(copy,)), tmp_path / "out")
         assert {split: len(part) for split, part in found.items()} == {"train": 3, "test": 3}

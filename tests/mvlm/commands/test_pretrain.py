@@ -1,10 +1,14 @@
 """`mvlm pretrain`: broken data, a run that was refused and ends with its next command, and one that is repeated."""
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
-from mvlm.runs.folder import read_metrics
+from mvlm.commands.pretrain import parse_config
+from mvlm.config.model import MaskVLMConfig
+from mvlm.errors import RunError
+from mvlm.runs.folder import read_metrics, write_config
 from mvlm.tasks.load import load_model
 from mvlm_dataloading import open_dataset
 from support.commands import MICRO_FLAGS, assert_refused
@@ -46,6 +50,19 @@ def test_pretraining_skips_a_few_undecodable_images_and_stops_at_many(run_mvlm, 
     assert "wanted at most 5% undecodable images, found 2 of 32; build the data set again" in outcome.err[-1]
     assert all(line.startswith("skipped an image that cannot be decoded") for line in outcome.err[:-1])
     assert folder_hash(scenes_copy) == before
+
+
+def test_a_run_that_goes_on_has_the_settings_of_the_trained_model(trained, tmp_path):
+    words = ["base", "--data", "data", "--out", str(tmp_path / "new"), "--initial-model", str(trained)]
+    own = load_model(trained).network.config
+    assert parse_config(words).model == own != MaskVLMConfig.preset("base")
+    assert parse_config([*words, "--model.text-length", "30"]).model == replace(own, text_length=30)
+    # A run that has begun has settings of its own, whatever became of the trained model.
+    begun = parse_config([*words, "--model.text-length", "30"])
+    write_config(begun)
+    assert parse_config([*words[:-1], str(tmp_path / "gone"), "--resume"]).model == begun.model
+    with pytest.raises(RunError, match="gone"):
+        parse_config([*words[:4], str(tmp_path / "other"), "--initial-model", str(tmp_path / "gone")])
 
 
 @pytest.mark.slow

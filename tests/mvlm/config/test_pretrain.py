@@ -34,6 +34,12 @@ def test_every_seed_that_torch_takes_is_valid(seed):
     torch.Generator().manual_seed(pretrain_config(Path("data"), Path("out"), seed=seed).seed)
 
 
+def test_a_url_has_both_slashes_in_config_json():
+    config = pretrain_config(Path("s3://bucket/data"), Path("out"), also_evaluate=Path("https://me:password@host/old"))
+    assert config.to_dict()["data"] == "s3://bucket/data"
+    assert config.to_dict()["also_evaluate"] == "https://host/old"
+
+
 def test_an_integer_where_a_setting_is_a_float_becomes_a_float():
     """torch multiplies no tensor with the integer 10**20, which a config.json may have."""
     config = pretrain_config(Path("data"), Path("out"), itc_weight=10**20, crop_scale=(1, 1))

@@ -1,12 +1,16 @@
 """from_pretrained and save_pretrained: folders, ids on the hub, no pickle, and no unwanted use of the network."""
 
+import socket
 import sys
+import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 
 from mvlm.errors import RunError
+from mvlm.model import pretrained
 from mvlm.model.maskvlm import MaskVLM
 from support.models import micro_batch, micro_model
 
@@ -51,13 +55,28 @@ def test_an_id_loads_from_the_hub(tmp_path, monkeypatch):
     assert asked == [("someone/maskvlm", name, "v1", True) for name in ("config.json", "model.safetensors")]
 
 
-def test_a_hub_that_does_not_answer_is_an_error_with_its_reason(monkeypatch):
-    def download(*_, **__):
-        raise OSError("no route\nto host")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(RunError, match=r"^a/b: .*OSError: no route to host"):
+def test_a_hub_that_is_not_there_is_an_error_at_once(no_hub, caplog):
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"^a/b: .*ConnectError"):
         MaskVLM.from_pretrained("a/b")
+    assert time.monotonic() - began < 5
+    assert not caplog.records
+
+
+def test_a_hub_that_does_not_answer_is_an_error_after_a_while(monkeypatch, no_hub):
+    monkeypatch.setattr(pretrained, "ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(RunError, match=r"^a/b: .*Timeout"):
+            MaskVLM.from_pretrained("a/b")
+
+
+def test_cached_files_are_read_where_no_hub_is_there(tmp_path, monkeypatch, no_hub):
+    snapshot = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--a--b/snapshots" / ("0" * 40)
+    micro_model(1, dtype=torch.float32).save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("0" * 40)
+    assert same_weights(MaskVLM.from_pretrained("a/b"), micro_model(1, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("name", ["none", "./a/b", "/a/b", "a/b/c", "a/b/", "../b", "a b/c", ""])

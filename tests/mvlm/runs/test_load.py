@@ -9,6 +9,7 @@ import pytest
 
 import mvlm
 from mvlm.errors import RunError
+from mvlm.model import pretrained
 from mvlm.runs import checkpoint
 from mvlm.runs.load import load_without_head, read_architecture_of
 from mvlm_dataloading.files import sha256
@@ -88,6 +89,7 @@ def test_an_id_of_the_hub_is_downloaded_with_its_tokenizer(portable, monkeypatch
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(pretrained, "ask_hub", lambda: None)
     assert load_without_head("owner/name", "cpu").sha256 == load_without_head(portable, "cpu").sha256
     assert asked == [("owner/name", name) for name in ("config.json", "model.safetensors", "tokenizer.json")]
     shutil.copytree(portable, tmp_path / "owner/name")  # a folder here comes first

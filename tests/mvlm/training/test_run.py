@@ -200,3 +200,14 @@ def test_settings_that_do_not_fit_leave_no_folder(scenes, tmp_path, train_split,
     with pytest.raises(ConfigError, match=name):
         pretrain(config)
     assert not config.out.exists()
+
+
+def test_a_part_frozen_at_random_weights_is_named(scenes, trained, tmp_path, caplog):
+    def warned(**settings) -> list[str]:
+        caplog.clear()
+        build_trainer(open_inputs(pretrain_config(scenes, tmp_path / "run", **settings)), ALONE, "")
+        return [record.getMessage().split(":")[0] for record in caplog.records if "frozen" in record.getMessage()]
+
+    frozen = {"train_image": "frozen", "train_cross": "frozen"}
+    assert warned(**frozen) == ["train_image", "train_cross"]
+    assert warned(**frozen, initial_model=trained) == warned() == []

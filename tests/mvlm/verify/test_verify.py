@@ -1,6 +1,7 @@
 """Honest runs, which `mvlm verify` verifies: whole, resumed, of several parts; and its command."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.runs.folder import read_metrics
 from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
-from mvlm.verify.verify import choose_segments, threads
+from mvlm.verify.verify import Replay, choose_segments, read_claims, threads, wrong_figures
 from support.commands import assert_refused
 from support.folders import folder_hash
 from support.forgery import change_events, checkpoint, short_run
@@ -45,6 +46,14 @@ def interrupted(monkeypatch) -> Callable[..., None]:
 
 def die(trainer: Trainer) -> None:
     raise Killed
+
+
+def test_a_run_that_was_not_evaluated_is_given_the_command_for_it(bare_run, scenes):
+    run = bare_run.rename(bare_run.with_name("a run"))
+    claims = read_claims(run, scenes)
+    [problem] = wrong_figures(claims, Replay(claims, "cpu"))
+    wanted = ["mvlm", "eval", "retrieval", "--checkpoint", run, "--data", scenes, "--out", run / "eval/test.json"]
+    assert shlex.split(problem.split("`")[1]) == list(map(str, wanted))
 
 
 @pytest.mark.slow
