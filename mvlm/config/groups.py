@@ -223,6 +223,9 @@ class SafetySettings:
 
     max_bad_steps: Annotated[int, AT_LEAST_0, NO_FLAG] = 10
     """Largest number of consecutive skipped updates (not finite); the next one stops the run."""
+    failed_step_mb: Annotated[int, AT_LEAST_0, NO_FLAG] = 1000
+    """Most megabytes of the first step that is not finite, which pretraining keeps in `out` for `mvlm replay`. Parts
+    that do not fit are left out; 0 keeps no step."""
     preemption_file: Path | None = None
     """Stop when this file appears: finish the step, save and end, as after SIGTERM or SIGUSR1. A run does not start
     while the file exists."""

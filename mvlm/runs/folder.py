@@ -39,6 +39,8 @@ class RunFolder:
         """Figures on the test split."""
         self.evaluation_files = path / ".evaluation"
         """Folder of the features of an evaluation during training, while it lasts."""
+        self.failed_step = path / "failed_step"
+        """The first step whose loss or gradient was not finite, to be repeated (`mvlm.training.failed_step`)."""
         self.strips = path / "strips"
         """Folder of reconstruction strips."""
         self.tensorboard = path / "tensorboard"
