@@ -108,6 +108,7 @@ class StartEvent(TypedDict):
     machine: Machine
     versions: dict[str, str | None]
     log_every: NotRequired[Count]
+    way: NotRequired[dict[str, bool | Count | Text]]
 
 
 class FailedStepState(TypedDict):

@@ -53,6 +53,10 @@ def test_a_run_resumes_on_another_number_of_ranks(trial, ranks, parallel):
     trial(f"{ranks}, {parallel}")
 
 
+def test_a_run_killed_on_four_ranks_goes_on_with_two_and_accumulates(trial):
+    trial("4 to 2")
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_whose_last_checkpoint_is_not_written_says_so_and_can_resume(trial, ranks):
