@@ -13,6 +13,7 @@ the bases of a configuration too.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
@@ -93,6 +94,9 @@ class RunSettings:
     """Megabytes of memory for decoded training images, on a CPU. If all fit, they are decoded once, not every epoch."""
     resume: bool = False
     """Continue from the newest checkpoint in `out`; start a new run if there is none."""
+    extend_to: Annotated[int, AT_LEAST_1] | None = None
+    """With `resume`: go on to this step, with the moments as they are. Where the learning rate falls before the old
+    end, it rises again behind that, as at the start."""
 
 
 @settings(resume_may_change=False)
@@ -125,6 +129,13 @@ class ScheduleSettings:
     """Steps over which the learning rates rise linearly to their peaks."""
     lr_end: Annotated[float, AT_LEAST_0] = 0.1
     """Last learning rate, as a fraction of the peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Learning rate behind the warm-up. cosine: it falls along half a cosine. wsd (warm-up, stable, decay): it stays at
+    its peak and falls in the last `cooldown_steps`."""
+    cooldown_steps: Annotated[int, AT_LEAST_0] | None = None
+    """Steps in which the rate of `wsd` falls, by 1 - sqrt. Default: a fifth of the run. Only wsd reads it."""
+    extensions: Annotated[tuple[int, ...], AT_LEAST_1, NO_FLAG] = ()
+    """Steps at which the learning rate had fallen and rose again, ascending: the ends before `extend_to`."""
 
 
 @settings(resume_may_change=False)
@@ -286,6 +297,9 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
             place = getattr(self, name, None)
             if place is not None and is_remote(place):
                 object.__setattr__(self, name, Path(normal_url(place)))
+        ends = [*self.extensions, self.max_steps]
+        if any(later <= end for end, later in pairwise(ends)):
+            raise ConfigError(f"extensions: wanted ascending steps before max_steps {self.max_steps}, got {ends[:-1]}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
 

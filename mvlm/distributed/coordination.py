@@ -52,7 +52,7 @@ def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
 
 TOGETHER = (
     "device", "log_every", "eval_every_steps", "eval_images", "checkpoint_every_steps", "max_bad_steps",
-    "failed_step_mb",
+    "failed_step_mb", "extend_to",
 )  # fmt: skip
 """Settings that are not of the recipe, and must still be equal on all ranks.
 

@@ -37,6 +37,7 @@ from mvlm.runs.history import History, changed_ways, starts_of
 from mvlm.runs.load import identify
 from mvlm.runs.resume import open_run
 from mvlm.training.cuda_graphs import check_graphs
+from mvlm.training.extension import extended
 from mvlm.training.loggers import check_services, start_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import RunInputs, Trainer
@@ -128,6 +129,9 @@ def build_run(
         open_inputs: opens and checks what the run reads.
         build_trainer: builds the trainer from it, on a rank, at a checkpoint ("" for the first step).
     """
+    ends = run_on_all_ranks(world, lambda: extended(config) if world.first else config)
+    max_steps, extensions = world.gather_objects([ends.max_steps, list(ends.extensions)])[0]
+    config = replace(config, max_steps=max_steps, extensions=tuple(extensions))
     inputs = run_on_all_ranks(world, lambda: open_inputs(config))
     check_ranks(world, inputs.config, inputs.dataset, inputs.validation, inputs.also_evaluated)
     # Rank 0 locks the folder and verifies the checkpoints, for all ranks.

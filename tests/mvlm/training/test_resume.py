@@ -7,32 +7,13 @@ import torch
 
 from mvlm.errors import RunError
 from mvlm.training.run import pretrain
-from mvlm.training.trainer import Trainer
 from mvlm.verify.verify import verify_run
 from mvlm_dataloading import DataError, tokenizer_for
 from support.folders import LOSSES, checkpoint_contents, folder_hash, reproducible_rows, rows_of
 from support.forgery import change_tensors, checkpoint, reseal
 from support.models import pretrain_config
+from support.resumes import interrupt
 from support.scenes import write_scenes
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt(config, at):
-    """Train until the run has made so many steps, and end it by an exception."""
-    one_step = Trainer.one_step
-
-    def stop(run, batches):
-        if run.step == at:
-            raise Interrupted
-        return one_step(run, batches)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "one_step", stop)
-        with pytest.raises(Interrupted):
-            pretrain(config)
 
 
 @pytest.mark.slow
