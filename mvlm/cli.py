@@ -51,6 +51,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "report": report.report,
         "study": study,
         "verify": report.verify,
+        "replay": report.replay,
     },
     "Use of a trained model": {
         "app": predict.app,

@@ -86,6 +86,16 @@ class Machine(TypedDict):
     ranks: Count
 
 
+class StepMachine(TypedDict):
+    """Machine of a failed step, whose threads and ranks are taken to make it again."""
+
+    device: Text
+    processor: Text
+    instructions: Text
+    threads: Annotated[int, Meta(ge=1, le=2**12)]
+    ranks: Annotated[int, Meta(ge=1, le=2**20)]
+
+
 class StartEvent(TypedDict):
     """Line of history.jsonl: a process trains on after a step."""
 
@@ -98,6 +108,23 @@ class StartEvent(TypedDict):
     machine: Machine
     versions: dict[str, str | None]
     log_every: NotRequired[Count]
+    way: NotRequired[dict[str, bool | Count | Text]]
+
+
+class FailedStepState(TypedDict):
+    """state.json of a failed step."""
+
+    step: Count
+    values: dict[Text, Annotated[str, Meta(pattern=r"^(nan|-?inf|-?[0-9.]{1,40}(e[+-]?[0-9]{1,4})?)$")]]
+    """Losses and gradient norms, as Python writes them."""
+    samples: list[str]
+    frozen: list[Text]
+    left_out: dict[Text, Count]
+    """Bytes of the parts that were too large."""
+    microbatches: Annotated[int, Meta(ge=1, le=2**20)]
+    precision: Literal["bf16", "fp32"]
+    machine: StepMachine
+    versions: dict[str, str | None]
 
 
 class SaveEvent(TypedDict):

@@ -1,4 +1,4 @@
-"""`mvlm report` and `mvlm verify`: HTML pages about runs, and the verification of a finished run."""
+"""`mvlm report`, `mvlm verify` and `mvlm replay`: HTML pages about runs, and what is made again of them."""
 
 import sys
 from pathlib import Path
@@ -73,4 +73,41 @@ def verify(
         say("\n".join(f"no   {problem}" for problem in shown) or f"yes  {check.what}", flush=True)
     say("verified" if not failed else "not verified")
     if failed:
+        sys.exit(1)
+
+
+def replay(folder: Path, /, *, device: str = "auto", own_loss: str | None = None) -> None:
+    """Make a run's first step again that was not finite, and name the op where it began.
+
+    Pretraining keeps this step in RUN/failed_step. The folder is all that is needed, on a machine like the run's. A
+    step of several ranks has the run's bits on as many: `torchrun --nproc-per-node 2 -m mvlm replay FOLDER`. Exit code
+    1 if bits differ, or if all is finite.
+
+    Args:
+        folder: Folder of the step.
+        device: auto, cpu or cuda.
+        own_loss: The run's own loss, again: a config.json names no code to run.
+    """
+    from mvlm.distributed.coordination import joined_ranks
+    from mvlm.verify.replay import replay as make_again
+
+    with joined_ranks(device) as world:
+        found = make_again(folder, world, own_loss)
+        if not world.first:
+            return
+        losses = ", ".join(f"{n} {v}" for n, v in found.recorded.items() if not n.startswith("grad_norm_"))
+        shown = ", ".join(found.samples[:8]) + (
+            "" if len(found.samples) <= 8 else f" and {len(found.samples) - 8} more"
+        )
+        say(f"step {found.step}: {losses}\nits samples: {shown}")
+        for name, (before, now) in list(found.differences.items())[:5]:
+            say(f"no   {name}: the run had {before}, here it is {now}")
+        if not found.differences:
+            say("yes  losses and gradient norms are those of the run, bit for bit")
+        for rank, op in found.found.items():
+            of_rank = f"rank {rank}: " if world.size > 1 else ""
+            say(f"{of_rank}{op.describe()}")
+        if not found.found:
+            say("no   no op has an output that is not finite")
+    if found.differences or not found.found:
         sys.exit(1)

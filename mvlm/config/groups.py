@@ -1,8 +1,9 @@
 """Settings of runs, in groups. `RunConfig` has those of every run; `PretrainConfig` and `FinetuneConfig` add their own.
 
-A group is a dataclass, made by `settings`, which says whether a resumed run may change its settings. The model's
-settings are in no group: a resumed run may never change them. From the group follow the box of --help, the section of
-docs/reference/configuration.md, the resume check, and the recipe of a model card: the settings that a resume keeps.
+A group is a dataclass, made by `settings`, which says whether a resumed run may change its settings. It may change how
+a step is computed, which changes results by rounding alone (`way_of`). The model's settings are in no group: a resumed
+run may never change them. From the group follow the box of --help, the section of docs/reference/configuration.md, the
+resume check, and the recipe of a model card: the settings that a resume keeps, and how steps are computed.
 
 To add a setting, add one line to its group, with its type, range, default and docstring. The command line, config.json,
 the card and the resume check follow; only the code that reads the setting is missing then. A setting may be an int,
@@ -12,6 +13,7 @@ the bases of a configuration too.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
@@ -35,15 +37,23 @@ Kind = TypeVar("Kind", bound=type)
 Learning = Literal["full", "lora", "frozen"]
 _RESUME_MAY_CHANGE: dict[type, bool] = {}
 """The groups, and whether a resumed run may change their settings."""
+_WAYS: set[type] = set()
+"""Groups that say how steps are computed."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def settings(*, resume_may_change: bool) -> Callable[[Kind], Kind]:
-    """Decorator that makes a class a group of settings, a frozen dataclass with keywords only."""
+def settings(*, resume_may_change: bool, way: bool = False) -> Callable[[Kind], Kind]:
+    """Decorator that makes a class a group of settings, a frozen dataclass with keywords only.
+
+    Args:
+        way: the settings say how steps are computed. They change results by rounding alone.
+    """
 
     def make(kind: Kind) -> Kind:
         group = dataclass(frozen=True, kw_only=True)(kind)
         _RESUME_MAY_CHANGE[group] = resume_may_change
+        if way:
+            _WAYS.add(group)
         return group
 
     return make
@@ -57,6 +67,17 @@ def groups_of(config: type) -> list[type]:
 def resume_may_change(name: str) -> bool:
     """True if a resumed run may change this setting. Model settings may never change."""
     return any(may and name in group.__annotations__ for group, may in _RESUME_MAY_CHANGE.items())
+
+
+def of_recipe(name: str) -> bool:
+    """True if a setting is part of a run's recipe: a resumed run may not change it, or it says how to compute."""
+    return not resume_may_change(name) or any(name in group.__annotations__ for group in _WAYS)
+
+
+def way_of(config: "RunConfig") -> dict[str, Any]:
+    """Settings that say how the steps of a run are computed, by name, plain values for JSON."""
+    names = [name for group in groups_of(type(config)) if group in _WAYS for name in group.__annotations__]
+    return {name: getattr(config, name) for name in names}
 
 
 @settings(resume_may_change=True)  # `data` may move; the loader compares fingerprints of the data themselves
@@ -73,6 +94,9 @@ class RunSettings:
     """Megabytes of memory for decoded training images, on a CPU. If all fit, they are decoded once, not every epoch."""
     resume: bool = False
     """Continue from the newest checkpoint in `out`; start a new run if there is none."""
+    extend_to: Annotated[int, AT_LEAST_1] | None = None
+    """With `resume`: go on to this step, with the moments as they are. Where the learning rate falls before the old
+    end, it rises again behind that, as at the start."""
 
 
 @settings(resume_may_change=False)
@@ -105,6 +129,13 @@ class ScheduleSettings:
     """Steps over which the learning rates rise linearly to their peaks."""
     lr_end: Annotated[float, AT_LEAST_0] = 0.1
     """Last learning rate, as a fraction of the peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Learning rate behind the warm-up. cosine: it falls along half a cosine. wsd (warm-up, stable, decay): it stays at
+    its peak and falls in the last `cooldown_steps`."""
+    cooldown_steps: Annotated[int, AT_LEAST_0] | None = None
+    """Steps in which the rate of `wsd` falls, by 1 - sqrt. Default: a fifth of the run. Only wsd reads it."""
+    extensions: Annotated[tuple[int, ...], AT_LEAST_1, NO_FLAG] = ()
+    """Steps at which the learning rate had fallen and rose again, ascending: the ends before `extend_to`."""
 
 
 @settings(resume_may_change=False)
@@ -163,8 +194,16 @@ FULL = PartSettings()
 
 
 @settings(resume_may_change=False)
+class PrecisionSettings:
+    """Precision of a step. A resumed run keeps it."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast if the device computes bf16 in hardware, else fp32."""
+
+
+@settings(resume_may_change=True, way=True)
 class ComputeSettings:
-    """Implementation and precision of a step. A resumed run keeps these."""
+    """Implementation of a step. A resumed run may change these, which changes rounding."""
 
     plan: Literal["fast", "plain"] = "fast"
     """Implementation of the training step; both give the same losses and gradients. `plain` is the readable reference,
@@ -173,8 +212,6 @@ class ComputeSettings:
     """Backend for attention between image patches. `mvlm doctor` prints the one that auto chooses, with the reasons."""
     cross_attention: TextAttentionBackend = "auto"
     """Backend for all attention that involves text: cross-attention, and self-attention of captions."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast if the device computes bf16 in hardware, else fp32."""
     deterministic: bool = False
     """Use only GPU kernels that give the same bits in every run, so that a resumed run equals an uninterrupted one bit
     for bit. Slower, by how much has not been measured. On a CPU runs repeat without it."""
@@ -196,9 +233,9 @@ class OwnSettings:
     """SHA-256 of the file of `own_masks`, as for `own_loss`."""
 
 
-@settings(resume_may_change=False)
+@settings(resume_may_change=True, way=True)
 class ParallelSettings:
-    """Ranks and microbatches. A resumed run keeps these."""
+    """Ranks and microbatches. A resumed run may change these, which changes rounding."""
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Placement of weights on several ranks. ddp: all on each rank. fsdp: split over the ranks of a node (FSDP2); over
@@ -239,6 +276,9 @@ class SafetySettings:
 
     max_bad_steps: Annotated[int, AT_LEAST_0, NO_FLAG] = 10
     """Largest number of consecutive skipped updates (not finite); the next one stops the run."""
+    failed_step_mb: Annotated[int, AT_LEAST_0, NO_FLAG] = 1000
+    """Most megabytes of the first step that is not finite, which pretraining keeps in `out` for `mvlm replay`. Parts
+    that do not fit are left out; 0 keeps no step."""
     preemption_file: Path | None = None
     """Stop when this file appears: finish the step, save and end, as after SIGTERM or SIGUSR1. A run does not start
     while the file exists."""
@@ -255,6 +295,7 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
     ParallelSettings,
     OwnSettings,
     ComputeSettings,
+    PrecisionSettings,
     PartSettings,
     OptimizerSettings,
     ScheduleSettings,
@@ -273,6 +314,9 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
             place = getattr(self, name, None)
             if place is not None and is_remote(place):
                 object.__setattr__(self, name, Path(normal_url(place)))
+        ends = [*self.extensions, self.max_steps]
+        if any(later <= end for end, later in pairwise(ends)):
+            raise ConfigError(f"extensions: wanted ascending steps before max_steps {self.max_steps}, got {ends[:-1]}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
 
@@ -368,9 +412,9 @@ MAX_GRAPHS = 8
 that no eager step can use."""
 
 
-@settings(resume_may_change=False)
+@settings(resume_may_change=True, way=True)
 class CaptureSettings:
-    """Capture of the fast step. A resumed run keeps it."""
+    """Capture of the fast step. A resumed run may change it, which changes rounding."""
 
     capture: Literal["none", "compile", "cuda-graphs"] = "none"
     """compile: with torch.compile (one rank, no accumulation), which takes a minute or more at the start. cuda-graphs:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from mvlm.config.groups import RunConfig, resume_may_change
+from mvlm.config.groups import RunConfig, of_recipe
 from mvlm.device import chosen_precision
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError, RunError
@@ -52,8 +52,9 @@ def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
 
 TOGETHER = (
     "device", "log_every", "eval_every_steps", "eval_images", "checkpoint_every_steps", "max_bad_steps",
+    "failed_step_mb", "extend_to",
 )  # fmt: skip
-"""Settings that a resumed run may change, and that must still be equal on all ranks.
+"""Settings that are not of the recipe, and must still be equal on all ranks.
 
 NOTE: each rank derives from them alone at which step its next collective is. Ranks with other values wait for ever.
 """
@@ -65,7 +66,7 @@ def check_ranks(
     """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end."""
     settings = config.to_dict()
     own = {f"model.{name}": value for name, value in settings.pop("model").items()}
-    own |= {name: value for name, value in settings.items() if name in TOGETHER or not resume_may_change(name)}
+    own |= {name: value for name, value in settings.items() if name in TOGETHER or of_recipe(name)}
     own |= {"out": str(config.out), "data": dataset.fingerprint}
     for name, split in (("validation", validation), ("also_evaluate", also)):
         own[name] = None if split is None else split.fingerprint

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mvlm.config.groups import resume_may_change
+from mvlm.config.groups import of_recipe
 from mvlm.config.json_files import read_config
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.evaluate import describe_reading, describe_trivial_losses, figures_of
@@ -170,7 +170,7 @@ def model_card(
         rows, blind = recalls(figures), [figures["masked_l1_white"], figures["masked_l1_train_median"]]
     name, task = hub_id.split("/")[1], config.get("task")
     unread = {"format_version", "model", *(() if config.get("optimizer") == "muon" else ("lr_muon",))}
-    recipe = {key: value for key, value in config.items() if key not in unread and not resume_may_change(key)}
+    recipe = {key: value for key, value in config.items() if key not in unread and of_recipe(key)}
     able = abilities(config, network)
     return TEMPLATES.get_template("card.md").render(
         head=card_head(name, description, figures, [] if task else rows),  # of a fine-tuned model none is zero-shot

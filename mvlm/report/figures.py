@@ -10,6 +10,7 @@ from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import describe_reading, describe_trivial_losses, figures_of, recall_rows
 from mvlm.objectives.pretraining import OBJECTIVES
 from mvlm.report.html import line_chart, series, table
+from mvlm.runs.history import changed_ways
 
 NAMES = {
     "accuracy": "accuracy, %",
@@ -163,13 +164,31 @@ def _cell(figures: Mapping[str, Any], name: str) -> str:
     return f"{text} ({_number(interval[0])} to {_number(interval[1])})" if interval else text
 
 
-def curves(rows: Sequence[dict[str, Any]], window: int, of_task: bool = False) -> list[Markup]:
+def parts(events: Sequence[dict[str, Any]], config: dict[str, Any]) -> tuple[Markup | None, list[int]]:
+    """A table of the processes that trained a run, None for one; and the steps after which another way computed.
+
+    events: `start` events of the run's history.
+    """
+    changes = changed_ways(events, config)
+    rows = []
+    for event, changed in zip(events, changes, strict=True):
+        machine = event["machine"]
+        cells = (event["step"], event["time"], machine["ranks"], machine["device"], event["precision"])
+        rows.append([*map(str, cells), ", ".join(changed)])
+    header = ["after step", "time", "ranks", "device", "precision", "computed otherwise than before"]
+    places = [event["step"] for event, changed in zip(events, changes, strict=True) if changed and event["step"]]
+    return table(header, rows) if len(rows) > 1 else None, places
+
+
+def curves(
+    rows: Sequence[dict[str, Any]], window: int, of_task: bool = False, places: Sequence[int] = ()
+) -> list[Markup]:
     """Charts by step: losses, learning rates, gradient norm, and the evaluations if there are any.
 
-    Figures of training steps are trailing means over `window` rows.
+    Figures of training steps are trailing means over `window` rows. Charts of losses are marked at the steps `places`.
     """
     charts = [
-        line_chart(title, {name: series(rows, name, window)})
+        line_chart(title, {name: series(rows, name, window)}, places=places)
         for name, title in (TASK_CURVES if of_task else RUN_CURVES).items()
         if any(name in row for row in rows)
     ]

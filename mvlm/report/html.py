@@ -74,9 +74,14 @@ def thumbnail(image: Path | bytes, longest: int = 160) -> str:
 
 
 def line_chart(
-    title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], guides: Mapping[str, float] | None = None
+    title: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    guides: Mapping[str, float] | None = None,
+    places: Sequence[float] = (),
 ) -> Markup:
     """An SVG with one polyline per series (name -> x values, y values) and dashed lines at the `guides` (name -> y).
+
+    Vertical dashed lines stand at the x values `places`, as far as the chart shows them.
 
     Points that are not finite are left out.
     """
@@ -120,6 +125,9 @@ def line_chart(
             for x in (x_low, (x_low + x_high) / 2, x_high)
         ],
         guides=[line_at(y, name, -4) for name, y in guides.items()],
+        places=[f"{px(x):.1f}" for x in places if x_low <= x <= x_high],
+        top=TOP,
+        bottom=HEIGHT - BOTTOM,
         lines=[" ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line) for line in points.values()],
     )
 

@@ -16,6 +16,7 @@ from mvlm.report.html import write_page
 from mvlm.report.task_examples import MOST_WORDS, SHOWN, confusion, judged, majority, task_examples
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, check_run_folder, find_checkpoint
+from mvlm.runs.history import starts_of
 from mvlm.runs.load import load_without_head, open_named_data
 from mvlm.tasks import task_names
 from mvlm.tasks.load import find_task, load_task
@@ -44,6 +45,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
     split, sections = (_of_task if of_task else _of_retrieval)(folder, config, data)
     rows = metrics_of(folder)
     window = max(1, len(rows) // 60)
+    parts, places = figures.parts(starts_of(folder.history), config)
     return write_page(
         out or folder.report,
         "task.html" if of_task else "retrieval.html",
@@ -51,7 +53,8 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         title=run.resolve().name,
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
         window=window,
-        charts=figures.curves(rows, window, of_task),
+        charts=figures.curves(rows, window, of_task, places),
+        parts=parts,
         settings=[(name, json.dumps(value)) for name, value in flat_settings(config).items()],
         attribution=attribution(split.description),
         **sections,

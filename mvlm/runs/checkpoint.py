@@ -22,7 +22,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -50,6 +50,8 @@ FORMAT_VERSION = 2
 MODEL, EMA, OPTIMIZER, GENERATORS = "model", "ema", "optimizer", "generators"
 """Folders of tensors. The averaged weights, `EMA`, are there only if the run keeps them."""
 MODEL_CONFIG, STATE, TOKENIZER, MANIFEST = "model.json", "state.json", "tokenizer.json", "manifest.json"
+MICROBATCHES, START, CONFIG = "microbatches", "start", "config.json"
+"""Folders and settings that a failed step has beside those of a checkpoint (`mvlm.training.failed_step`)."""
 REQUIRED = (MODEL_CONFIG, STATE, TOKENIZER, MODEL, OPTIMIZER, GENERATORS)
 
 # A single process needs no process group. DCP warns about its absence at every call.
@@ -72,8 +74,8 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def generators_name(rank: int) -> str:
-    """File name, under `GENERATORS`, of a rank's generator states."""
+def rank_file(rank: int) -> str:
+    """File name of a rank's own tensors, such as its generator states under `GENERATORS`."""
     return f"rank_{rank:05d}.safetensors"
 
 
@@ -89,14 +91,17 @@ def newest_good_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def verify_checkpoint(path: Path) -> None:
+def verify_checkpoint(path: Path, required: Sequence[str] = REQUIRED) -> None:
     """Raise RunError for the first file that is missing, differs from the manifest, or is not in it.
 
     PermissionError for a file that may not be read.
+
+    Args:
+        required: files and folders that have to be there.
     """
     digests = _read_manifest(path / MANIFEST)
     entries = {name.split("/")[0] for name in digests}
-    for name in REQUIRED:
+    for name in required:
         if name not in entries:
             raise RunError(f"{path / name}: missing from the checkpoint; use another one")
     _refuse_others(path, {*digests, MANIFEST})
@@ -293,7 +298,7 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 def set_generators(folder: Path, rank: int, device: torch.device) -> None:
     """Restore this rank's generators from a verified checkpoint. A rank without saved states keeps its own."""
-    file = folder / GENERATORS / generators_name(rank)
+    file = folder / GENERATORS / rank_file(rank)
     if not file.is_file():
         return
     states = read_safetensors(file)

@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from mvlm.runs.checkpoint import (
     checkpoint_name,
     checkpoints,
     generator_states,
-    generators_name,
+    rank_file,
     step_of,
     verify_checkpoint,
     write_tensors,
@@ -95,14 +96,27 @@ class CheckpointWriter:
         `model.config` is written too.
         """
         self.wait()
-        copies = {part: self._copy(part, tensors) for part, tensors in parts.items()}
-        if self._world.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        generators = generator_states(self._world.device)
+        generators = {GENERATORS: generator_states(self._world.device)}
         length = self._history.metrics_bytes() if self._history is not None else 0  # of now: training goes on
-        arguments = (step, copies, generators, model.config.to_dict(), state, tokenizer, length)
-        self._thread = threading.Thread(target=self._write, args=arguments, name=f"save-{step}", daemon=True)
-        self._thread.start()
+        texts = {MODEL_CONFIG: model.config.to_dict(), STATE: {"step": step, **state}}
+        self._start(_Contents(self.path(step), self._copies(parts), generators, texts, tokenizer, length))
+
+    def save_folder(
+        self,
+        folder: Path,
+        parts: dict[str, dict[str, Tensor]],
+        own: dict[str, dict[str, Tensor]],
+        texts: dict[str, Any],
+    ) -> None:
+        """Start to write a folder in the form of a checkpoint which is none, and is not there yet.
+
+        Args:
+            parts: as for `save`.
+            own: folders of the tensors of this rank alone, on the CPU. Nobody may change them.
+            texts: plain JSON by file name.
+        """
+        self.wait()
+        self._start(_Contents(folder, self._copies(parts), own, texts))
 
     def path(self, step: int) -> Path:
         """Path of the checkpoint of a step, whether it exists or not."""
@@ -123,6 +137,18 @@ class CheckpointWriter:
         if kind is None or (self._group is None and not issubclass(kind, KeyboardInterrupt)):
             self.wait()
 
+    def _start(self, contents: "_Contents") -> None:
+        name = f"save-{contents.folder.name}"
+        self._thread = threading.Thread(target=self._write, args=(contents,), name=name, daemon=True)
+        self._thread.start()
+
+    def _copies(self, parts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Copy parts to the host, and wait for the device to finish."""
+        copies = {part: self._copy(part, tensors) for part, tensors in parts.items()}
+        if self._world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return copies
+
     def _copy(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy tensors to the host, into buffers that every save reuses. Copies from a GPU may still be on the way."""
         copies = {}
@@ -135,26 +161,25 @@ class CheckpointWriter:
             copies[name] = self._buffers[part, name].copy_(tensor.detach(), non_blocking=True)
         return copies
 
-    def _write(self, step: int, parts, generators, model_config, state, tokenizer: Tokenizer, length: int) -> None:
-        """Write a checkpoint in four stages.
+    def _write(self, contents: "_Contents") -> None:
+        """Write a folder in four stages.
 
         A stage starts when every rank has finished the previous one without error.
         """
-        final = self.path(step)
-        aside = final.with_suffix(".tmp")
-        texts = {MODEL_CONFIG: model_config, STATE: {"step": step, **state}}
+        final, aside = contents.folder, contents.folder.with_suffix(".tmp")
         try:
-            self._on_all_ranks(lambda: self._prepare(aside))
-            self._on_all_ranks(lambda: self._write_parts(aside, parts))
-            digests = self._on_all_ranks(lambda: self._write_own(aside, generators, texts, tokenizer))
-            self._on_all_ranks(lambda: self._finish(aside, final, digests, length))
+            self._on_all_ranks(lambda: self._prepare(aside, contents))
+            self._on_all_ranks(lambda: self._write_parts(aside, contents.parts))
+            digests = self._on_all_ranks(lambda: self._write_own(aside, contents))
+            self._on_all_ranks(lambda: self._finish(aside, contents, digests))
         except SaveError as error:
             self.failed += 1
             if self._world.first:
                 shutil.rmtree(aside, ignore_errors=True)
                 log.warning("could not save %s: %s; training continues, older checkpoints are unchanged", final, error)
         else:
-            self.newest = final
+            if contents.is_checkpoint:
+                self.newest = final
 
     def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """Do `work` on every rank. Returns all results by rank; SaveError on all ranks if it failed on one."""
@@ -173,38 +198,41 @@ class CheckpointWriter:
             raise SaveError(errors[0])
         return [outcome["value"] for outcome in outcomes]
 
-    def _prepare(self, aside: Path) -> None:
+    def _prepare(self, aside: Path, contents: "_Contents") -> None:
         if self._world.device.type == "cuda" and self._world.device.index is not None:
             # A new thread is on GPU 0, where DCP would then make a context for every rank.
             torch.cuda.set_device(self._world.device)
         if self._world.first:
             shutil.rmtree(aside, ignore_errors=True)
-            (aside / GENERATORS).mkdir(parents=True)
+            for folder in contents.own:
+                (aside / folder).mkdir(parents=True)
 
     def _write_parts(self, aside: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         for part, tensors in parts.items():
             write_tensors(aside / part, tensors, self._group)
 
-    def _write_own(self, aside: Path, generators, texts: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    def _write_own(self, aside: Path, contents: "_Contents") -> dict[str, str]:
         """Write this rank's other files; rank 0 writes the JSON files. Returns the SHA-256 of all its files."""
         rank = self._world.rank
-        write_safetensors(aside / GENERATORS / generators_name(rank), generators)
+        for folder, tensors in contents.own.items():
+            write_safetensors(aside / folder / rank_file(rank), tensors)
         if self._world.first:
-            for name, value in texts.items():
+            for name, value in contents.texts.items():
                 write_json(aside / name, value)
-            tokenizer.save(aside / TOKENIZER)
+            if contents.tokenizer is not None:
+                contents.tokenizer.save(aside / TOKENIZER)
         # DCP numbers its files by rank, from 1. A rank hashes only what it wrote, so the work is shared out.
         shards = [*aside.glob(f"*/shard-{rank + 1:05d}-*")]
         for shard in shards:
             sort_metadata(shard)
-        own = [*shards, aside / GENERATORS / generators_name(rank)]
+        own = [*shards, *(aside / folder / rank_file(rank) for folder in contents.own)]
         own += aside.glob("*.json") if self._world.first else []
         for path in own:
             sync(path)
         return {str(path.relative_to(aside)): sha256(path) for path in own}
 
-    def _finish(self, aside: Path, final: Path, digests: list[dict[str, str]], metrics_bytes: int) -> None:
-        """Turn the temporary folder into a checkpoint by one rename. Rank 0 alone."""
+    def _finish(self, aside: Path, contents: "_Contents", digests: list[dict[str, str]]) -> None:
+        """Turn the temporary folder into the final one by one rename. Rank 0 alone."""
         if not self._world.first:
             return
         named = dict(sorted(item for part in digests for item in part.items()))
@@ -214,8 +242,16 @@ class CheckpointWriter:
         # also after a power cut.
         for path in (p for p in aside.iterdir() if p.is_dir()):
             sync(path)
+        if contents.is_checkpoint:
+            self._place_checkpoint(aside, contents)
+        else:
+            place_folder(aside, contents.folder)
+
+    def _place_checkpoint(self, aside: Path, contents: "_Contents") -> None:
+        """Note a checkpoint in the history, rename it into its place, and remove what it replaces."""
+        final = contents.folder
         if self._history is not None:
-            self._history.save(step_of(final), aside / MANIFEST, metrics_bytes)
+            self._history.save(step_of(final), aside / MANIFEST, contents.metrics_bytes)
         # A refused checkpoint has a higher step, so it would count as newest and push a good one out of `keep`.
         for path in self._refused:
             if path.exists():
@@ -227,6 +263,27 @@ class CheckpointWriter:
             if re.fullmatch(r"step_\d{8,}\.tmp", rest.name):
                 shutil.rmtree(rest, ignore_errors=True)
         remove_old_checkpoints(self._root, self._keep)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """Contents of a folder that is to be written, on this rank."""
+
+    folder: Path
+    parts: dict[str, dict[str, Tensor]]
+    """Folders of tensors that all ranks share, copied."""
+    own: dict[str, dict[str, Tensor]]
+    """Folders of the tensors of this rank alone."""
+    texts: dict[str, Any]
+    """JSON by file name."""
+    tokenizer: Tokenizer | None = None
+    """None if the folder is no checkpoint."""
+    metrics_bytes: int = 0
+    """Bytes of the metrics that belong to the checkpoint."""
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.tokenizer is not None
 
 
 def set_aside(path: Path) -> None:

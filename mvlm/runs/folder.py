@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm.config.groups import RunConfig
-from mvlm.config.json_files import config_json
+from mvlm.config.json_files import config_json, read_config
 from mvlm.errors import RunError
 from mvlm.files import LOCK, check_folder, lock_folder
 from mvlm.runs.checkpoint import MANIFEST, checkpoints, newest_good_checkpoint, step_of, verify_checkpoint
@@ -39,6 +39,8 @@ class RunFolder:
         """Figures on the test split."""
         self.evaluation_files = path / ".evaluation"
         """Folder of the features of an evaluation during training, while it lasts."""
+        self.failed_step = path / "failed_step"
+        """The first step whose loss or gradient was not finite, to be repeated (`mvlm.training.failed_step`)."""
         self.strips = path / "strips"
         """Folder of reconstruction strips."""
         self.tensorboard = path / "tensorboard"
@@ -146,12 +148,16 @@ def log_unfinished(run: Path, checkpoint: Path) -> None:
 
 
 def write_config(config: RunConfig) -> None:
-    """Write config.json atomically; this claims the folder for the run. An existing file is kept.
+    """Write config.json atomically; this claims the folder for the run. An existing file is kept, but for a new end.
 
     Call it once the run has been set up without an error: a folder with a config.json belongs to that run.
     """
     folder = RunFolder(config.out)
     if folder.config.is_file():
+        values = read_config(folder.config)
+        if values.get("max_steps") != config.max_steps:  # open_run has compared them
+            ends = {name: config_json(config)[name] for name in ("max_steps", "extensions")}
+            write_json(folder.config, values | ends, within=config.out)
         return
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(folder.config, config_json(config), within=config.out)

@@ -3,7 +3,7 @@
 One JSON object a line, appended only, so that a run that was killed and resumed shows all of its parts:
 
     {"event": "start", "step": 40, "time": .., "commit": .., "precision": "bf16", "data": {split: fingerprint},
-     "log_every": 1, "machine": {..}, "versions": {..}}
+     "log_every": 1, "way": {..}, "machine": {..}, "versions": {..}}
     {"event": "save", "step": 80, "manifest": SHA-256 of the checkpoint's manifest, "metrics_bytes": ..,
      "metrics": SHA-256 of that many bytes of metrics.jsonl}
 
@@ -13,6 +13,7 @@ One JSON object a line, appended only, so that a run that was killed and resumed
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,14 @@ class History:
         self._file, self._metrics = run.history, run.metrics
 
     def start(
-        self, step: int, device: torch.device, ranks: int, precision: str, data: dict[str, str], log_every: int
+        self,
+        step: int,
+        device: torch.device,
+        ranks: int,
+        precision: str,
+        data: dict[str, str],
+        log_every: int,
+        way: dict[str, Any],
     ) -> None:
         """Append a `start` event: the step after which a process trains on, 0 for a new run, and the machine.
 
@@ -48,9 +56,11 @@ class History:
             precision: bf16 or fp32.
             data: fingerprint of each split that the run reads.
             log_every: steps between rows of metrics, which a resume may change.
+            way: settings that say how steps are computed, which a resume may change too (`way_of`).
         """
         event = {"event": START, "step": step, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        event |= {"commit": code_revision(), "precision": precision, "data": data, "log_every": log_every}
+        event |= {"commit": code_revision(), "precision": precision, "data": data}
+        event |= {"log_every": log_every, "way": way}
         self._append({**event, "machine": describe_machine(device, ranks), "versions": package_versions()})
 
     def metrics_bytes(self) -> int:
@@ -76,6 +86,25 @@ class History:
                 line = b"\n" * (file.read(1) != b"\n") + line  # a kill may have left the beginning of a line
             file.write(line)
             os.fsync(file.fileno())
+
+
+def starts_of(file: Path) -> list[dict[str, Any]]:
+    """The `start` events of a history, in order; none without a history."""
+    return [event for event in (read_history(file) if file.exists() else []) if event["event"] == START]
+
+
+def changed_ways(events: Sequence[dict[str, Any]], before: dict[str, Any]) -> list[list[str]]:
+    """Changes in how steps are computed, as sentences, at each of some `start` events against the one before it.
+
+    Args:
+        before: the settings of the run, for events of older versions, which name none.
+    """
+    found: list[list[str]] = []
+    ways = [{"ranks": e["machine"]["ranks"], "precision": e["precision"]} | (e.get("way") or {}) for e in events]
+    for number, now in enumerate(ways):
+        then = before | (ways[number - 1] if number else now)
+        found.append([f"{name} {now[name]} in place of {then[name]}" for name in now if then.get(name) != now[name]])
+    return found
 
 
 def prefix_hash(file: Path, count: int) -> str:

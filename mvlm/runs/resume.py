@@ -37,6 +37,8 @@ def open_run(config: RunConfig) -> Path | None:
     # Checkpoints are read in place of the pretrained model, wherever that is now, and tell what the task was.
     if checkpoints(folder.checkpoints):
         differing = [setting for setting in differing if setting[0] != "checkpoint" and not _moved_code(*setting)]
+    if config.extend_to is not None:  # `mvlm.training.extension` has compared the ends
+        differing = [setting for setting in differing if setting[0] not in ("max_steps", "extensions")]
     if differing:
         settings = "; ".join(f"{name}: config.json has {a}, this command {b}" for name, a, b in differing)
         raise RunError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.config.groups import RunConfig, resume_may_change
+from mvlm.config.groups import RunConfig, of_recipe
 from mvlm.config.json_files import config_json, with_defaults, without_removed
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device
@@ -286,12 +286,12 @@ def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """Settings that decide what a trial finds: those that a resumed run may not change, with the model's flattened.
+    """Settings that decide what a trial finds: those of its recipe, with the model's flattened.
 
     A task has its model from its start.
     """
     decide = config_json(config).items()
-    values = {name: value for name, value in decide if name != "checkpoint" and not resume_may_change(name)}
+    values = {name: value for name, value in decide if name != "checkpoint" and of_recipe(name)}
     model = values.pop("model")
     if isinstance(config, FinetuneConfig):
         return values

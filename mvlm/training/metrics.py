@@ -111,21 +111,25 @@ class SkippedUpdates:
             return f"the loss is {row['total']}"
         return ", ".join(not_finite) or "the gradient of another rank is not finite"
 
-    def error(self, step: int, row: dict[str, float], keys: list[str], checkpoint: Path | None) -> NonFiniteLossError:
+    def error(
+        self, step: int, row: dict[str, float], keys: list[str], checkpoint: Path | None, first: Path | None
+    ) -> NonFiniteLossError:
         """Error of a run in which too many updates in a row were skipped.
 
         Args:
             step, row: of the first one beyond the limit, from `count`.
             keys: of its samples on all ranks.
             checkpoint: the newest one, if there is one.
+            first: folder of the run's first step that was not finite, if there is one.
         """
+        named = "" if first is None else f"`mvlm replay {first}` names the op of the first such step. "
         more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
         return NonFiniteLossError(
             f"step {step}: {self.reason(row)}; the update was not made ({self.in_a_row} in a row, "
             f"max_bad_steps is {self._limit}). Its samples: {', '.join(keys[:8])}{more}. "
             f"Last good checkpoint: {checkpoint or 'none'}; no checkpoint holds such an update. "
-            f"A new run can go on from it with a lower learning rate or --precision fp32: name it by --initial-model, "
-            f"in fine-tuning by --checkpoint, and another folder by --out"
+            f"{named}A new run can go on from it with a lower learning rate or --precision fp32: name it by "
+            f"--initial-model, in fine-tuning by --checkpoint, and another folder by --out"
         )
 
     def state(self) -> dict[str, int]:

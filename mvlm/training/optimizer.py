@@ -203,11 +203,32 @@ def make_optimizer(
 
 
 def learning_rate_factor(step: int, config: RunConfig) -> float:
-    """Learning rate at a step (from 0) as a fraction of its peak: linear warm-up, then cosine decay to `lr_end`."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+    """Learning rate at a step (from 0) as a fraction of its peak: linear warm-up, then the schedule, down to `lr_end`.
+
+    `cosine` falls along half a cosine. `wsd` stays at the peak and falls in its last steps by 1 - sqrt(done), which
+    Hägele et al., "Scaling laws and compute-optimal training beyond fixed training durations", 2024, found better than
+    a line. Behind an end of `extensions` the rate rises again from `lr_end`, in as many steps as at the start, and
+    falls again: Ibrahim et al., "Simple and scalable strategies to continually pre-train large language models", 2024.
+    """
+    start = max((end for end in config.extensions if end <= step), default=0)
+    end = min(end for end in (*config.extensions, config.max_steps) if end > start)
+    low, step = config.lr_end, step - start
+    length, warm = end - start, config.warmup_steps
+    if step < warm:
+        risen = (step + 1) / warm
+        return risen if start == 0 else low + (1 - low) * risen
+    if config.schedule == "cosine":
+        done = (step - warm) / max(1, length - warm)
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
+    falls = cooldown_start(config, start, end) - start
+    done = max(0, step - falls) / max(1, length - falls)
+    return low + (1 - low) * (1 - math.sqrt(done))
+
+
+def cooldown_start(config: RunConfig, start: int, end: int) -> int:
+    """Number of steps after which the rate of `wsd` falls, in the part of a run between two steps."""
+    steps = round((end - start) / 5) if config.cooldown_steps is None else config.cooldown_steps
+    return max(start + config.warmup_steps, end - steps)
 
 
 class ExponentialMovingAverage:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from mvlm.config.groups import RunConfig
-from mvlm.errors import ConfigError
+from mvlm.errors import ConfigError, RunError
 from mvlm.objectives.pretraining import OwnLoss
 from mvlm.objectives.step import Objective
 from mvlm_dataloading.files import sha256
@@ -69,7 +69,7 @@ def find_own(setting: str, name: str) -> Any:
 
 
 def with_hashes(config: Config) -> Config:
-    """The configuration with the hashes of the files of its own functions, which are run once.
+    """The configuration with the hashes of the files of its own functions. The files are run: errors show early.
 
     ConfigError for a function that is not there, or a file with another hash than the configuration has.
     """
@@ -85,6 +85,27 @@ def with_hashes(config: Config) -> Config:
         if name is not None:
             find_own(setting, name)
     return replace(config, **hashes)
+
+
+def with_named(config: Config, place: Path, named: dict[str, str | None]) -> Config:
+    """Settings with the functions that the user has named, in place of those of config.json, which name no code to run.
+
+    RunError unless these are the functions that the run has.
+
+    place: folder of the config.json, for messages.
+    """
+    for setting, given in named.items():
+        wanted, flag = getattr(config, setting), f"--{setting.replace('_', '-')}"
+        if (wanted is None) != (given is None):
+            raise RunError(
+                f"{place}: wanted {flag} {wanted or ''}, as its config.json has, to make its steps again, "
+                f"found {given or 'none'}; {'leave it out' if wanted is None else 'give it, if you trust that file'}"
+            )
+        if given is not None and wanted is not None:
+            hashed = getattr(config, f"{setting}_sha256") is not None
+            if not hashed or given.rpartition(":")[2] != wanted.rpartition(":")[2]:
+                raise RunError(f"{place}: wanted {flag} {wanted} with its hash, found {given}; give that one")
+    return replace(config, **named)
 
 
 def own_objective(config: RunConfig) -> tuple[Objective, ...]:

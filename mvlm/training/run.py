@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 
 from mvlm import waiting
-from mvlm.config.groups import RunConfig
+from mvlm.config.groups import RunConfig, way_of
+from mvlm.config.json_files import read_config
 from mvlm.config.pretrain import STARTS, PretrainConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, naming_lost_ranks, run_on_all_ranks
@@ -32,10 +33,11 @@ from mvlm.objectives.pretraining import KeepStart, objectives_of
 from mvlm.objectives.step import idle_parameters
 from mvlm.progress import format_duration
 from mvlm.runs.folder import RunFolder, RunLock, write_config
-from mvlm.runs.history import History
+from mvlm.runs.history import History, changed_ways, starts_of
 from mvlm.runs.load import identify
 from mvlm.runs.resume import open_run
 from mvlm.training.cuda_graphs import check_graphs
+from mvlm.training.extension import extended
 from mvlm.training.loggers import check_services, start_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.own_code import own_objective, with_hashes
@@ -128,6 +130,9 @@ def build_run(
         open_inputs: opens and checks what the run reads, on all ranks together.
         build_trainer: builds the trainer from it, on a rank, at a checkpoint ("" for the first step).
     """
+    ends = run_on_all_ranks(world, lambda: extended(config) if world.first else config)
+    max_steps, extensions = world.gather_objects([ends.max_steps, list(ends.extensions)])[0]
+    config = replace(config, max_steps=max_steps, extensions=tuple(extensions))
     inputs = open_inputs(config, world)
     check_ranks(world, inputs.config, inputs.dataset, inputs.validation, inputs.also_evaluated)
     # Rank 0 locks the folder and verifies the checkpoints, for all ranks.
@@ -156,8 +161,10 @@ def record_start(trainer: Trainer) -> None:
     splits = {"train": trainer.loader.dataset, "validation": trainer.validation}
     data = {name: split.fingerprint for name, split in splits.items() if split is not None}
     precision = chosen_precision(world.device, config.precision)
-    history = History(RunFolder(config.out))
-    history.start(trainer.step, world.device, world.size, precision, data, config.log_every)
+    folder = RunFolder(config.out)
+    History(folder).start(trainer.step, world.device, world.size, precision, data, config.log_every, way_of(config))
+    if changed := changed_ways(starts_of(folder.history), read_config(folder.config))[-1]:
+        log.info("after step %d: %s; sums round otherwise from here", trainer.step, ", ".join(changed))
 
 
 def open_splits(config: RunConfig) -> tuple[Dataset, Dataset | None]:

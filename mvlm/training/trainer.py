@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
+from mvlm.distributed.collectives import HostNumbers
 from mvlm.distributed.coordination import Notices, StepDecisions, run_on_all_ranks
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import Parallel, unsharded_copy
@@ -37,6 +38,7 @@ from mvlm.runs.checkpoint import (
     MODEL,
     OPTIMIZER,
     TOKENIZER,
+    generator_states,
     load_optimizer,
     optimizer_tensors,
     read_state,
@@ -48,6 +50,7 @@ from mvlm.runs.folder import RunFolder
 from mvlm.runs.history import History
 from mvlm.runs.load import check_start
 from mvlm.training.cuda_graphs import CudaGraphs
+from mvlm.training.failed_step import FailedStep, MadeStep
 from mvlm.training.loggers import LogSinks
 from mvlm.training.metrics import (
     MetricsBuffer,
@@ -116,6 +119,8 @@ class Trainer:
         self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes, self.notices.failure)
         self.metrics = MetricsBuffer()
         """Metrics of the steps since the last row."""
+        self.failed_step: FailedStep | None = None
+        """Keeper of the first step of pretraining that is not finite, while `train` runs; None once it has one."""
         self.step = 0
         """Number of updates made or skipped."""
         self.best: dict[str, float] | None = None
@@ -152,6 +157,7 @@ class Trainer:
         logger = MetricsLogger(config, world, self.check_skipped_updates, log_row, seconds)
         batches = iter(self.loader)
         decisions = StepDecisions(world)
+        self.failed_step = self.new_failed_step()
         saved_at = time.monotonic()
         with (
             sinks or nullcontext(),
@@ -179,6 +185,7 @@ class Trainer:
                     closed, self.metrics = self.metrics, MetricsBuffer()
                     logger.end_row(closed, self.loader.skipped, figures)
                 if save or end or self.complete or self.due(config.checkpoint_every_steps):
+                    self.write_failed_step()
                     # Rows first: a resume drops the rows after its checkpoint, and never misses one before it.
                     logger.write_row(progress)
                     self.save()
@@ -207,8 +214,8 @@ class Trainer:
 
         Its metrics stay on the device, in `self.metrics`.
 
-        On one rank of pretraining the host never waits for the device here: it queues the next step while this one
-        runs. On several ranks it waits once, for the numbers of rows that they exchange.
+        On one rank of pretraining the host waits for no more than the step before: it queues the next step while this
+        one runs. On several ranks it also waits for the numbers of rows that they exchange.
         """
         self.watchdog.beat(f"the data of step {self.step + 1}")
         started = time.perf_counter()
@@ -226,12 +233,37 @@ class Trainer:
         self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
         # In compiled code and in CUDA graphs a Python number is a constant.
         step: Any = torch.full((), self.step, device=self.device) if self.config.fixed_shapes else self.step
+        generators = None if self.failed_step is None else generator_states(self.device)
         losses = self.backward(microbatches, step)
+        self.write_failed_step()  # of the step before, while this one's gradients are computed
         further = self.update(losses)
+        if self.failed_step is not None and generators is not None:
+            values = losses | {name: value for name, value in further.items() if name.startswith("grad_norm")}
+            good = HostNumbers(further["good"])
+            self.failed_step.keep(MadeStep(self.step, microbatches, generators, values, good))
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
         self.metrics.add(self.step, samples, tokens, {**losses, **further}, waited)
+
+    def new_failed_step(self) -> FailedStep | None:
+        """Keeper of the first step that is not finite; None if the run has such a step, or wants to keep none."""
+        config, folder = self.config, RunFolder(self.config.out).failed_step
+        wanted = isinstance(config, PretrainConfig) and config.failed_step_mb > 0
+        there = self.world.gather_objects(folder.exists())[0]
+        return FailedStep(folder, config.failed_step_mb * 10**6) if wanted and not there else None
+
+    def write_failed_step(self) -> None:
+        """Write the last step, if it was not finite and none has been written. Call it before another update."""
+        keeper = self.failed_step
+        made = None if keeper is None else keeper.failed()
+        if keeper is None or made is None:
+            return
+        assert isinstance(self.config, PretrainConfig)
+        self.failed_step = None  # there is one of a run
+        samples = [str(self.loader.dataset.keys[i]) for b, _ in made.microbatches for i in b.sample_id.tolist()]
+        model, optimizer = self.model, self.optimizer
+        keeper.write(made, self.config, self.world, model, optimizer, self.keep_start, samples, self.writer)
 
     def update(self, losses: Losses) -> dict[str, Tensor]:
         """Clip the gradients and make the update, if it is finite on all ranks. Returns further metrics of the step."""
@@ -250,17 +282,7 @@ class Trainer:
 
         step: number of the update.
         """
-        config = self.config
-        options = {"seed": config.seed, "step": step, "plan": config.plan, "objectives": self.objectives}
-        # The global pass takes any number of masked patches, and gives weights of an own loss gradients.
-        own = self.own_masks is not None or bool(self.own_objective)
-        if own or not self.world.size == len(microbatches) == 1:
-            context = partial(autocast, self.device, config.precision)
-            return backward_global(self.parallel, microbatches, self.world, **options, autocast=context)
-        with autocast(self.device, config.precision):
-            losses: Losses = self.model(*microbatches[0], **options)
-        losses.total.backward()
-        return losses.detach()
+        return losses_and_gradients(self.parallel, microbatches, self.world, self.config, self.objectives, step)
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature, after every update. Returns it as a further metric of the step."""
@@ -280,7 +302,8 @@ class Trainer:
         own_keys = [str(self.loader.dataset.keys[i]) for i in samples]
         keys = sorted(key for rank_keys in self.world.gather_objects(own_keys) for key in rank_keys)
         self.writer.wait()
-        raise self.skipped.error(step, row, keys, self.writer.newest)
+        first = RunFolder(self.config.out).failed_step
+        raise self.skipped.error(step, row, keys, self.writer.newest, first if first.exists() else None)
 
     def evaluate(self, validation: Dataset, sinks: LogSinks | None) -> dict[str, float]:
         """Figures on the validation split, by the averaged weights if the run keeps them; none if a rank is to stop."""
@@ -378,6 +401,27 @@ class Trainer:
         self.writer.resume_from(checkpoint)
         self.skipped.load(state["bad"])
         self.step, self.best = state["step"], state["best"]
+
+
+def losses_and_gradients(
+    parallel: Parallel,
+    microbatches: Sequence[tuple[Batch, Masks]],
+    world: World,
+    config: RunConfig,
+    objectives: Sequence[Objective],
+    step: int | Tensor,
+) -> Losses:
+    """Losses of the global batch, scalars without gradient, and the gradients of their total in the parameters."""
+    options = {"seed": config.seed, "step": step, "plan": config.plan, "objectives": objectives}
+    # The global pass takes any number of masked patches, and gives weights of an own loss gradients.
+    own = config.own_masks is not None or config.own_loss is not None
+    if own or not world.size == len(microbatches) == 1:
+        context = partial(autocast, world.device, config.precision)
+        return backward_global(parallel, microbatches, world, **options, autocast=context)
+    with autocast(world.device, config.precision):
+        losses: Losses = parallel.model(*microbatches[0], **options)
+    losses.total.backward()
+    return losses.detach()
 
 
 # A graph or a compiled step is made for each shape, so there should be few.

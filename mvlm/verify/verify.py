@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mvlm.config.groups import way_of
 from mvlm.config.json_files import read_config, run_config
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, deterministic_kernels
@@ -41,6 +42,7 @@ from mvlm.runs.folder import RunFolder, check_run_folder, read_metrics
 from mvlm.runs.history import START, prefix_hash, read_history
 from mvlm.runs.load import load_without_head
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger
+from mvlm.training.own_code import with_named
 from mvlm.training.run import build_trainer, open_inputs
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import DataError, Dataset, open_dataset
@@ -67,6 +69,8 @@ class Claims:
     """Rows of metrics by step."""
     parts: list[dict[str, Any]]
     """`start` events of the history, in order: one for each process that trained."""
+    ways: list[dict[str, Any]]
+    """Settings of each part that say how its steps were computed (`way_of`)."""
     saves: dict[int, dict[str, Any]]
     """`save` events of the history by step, without those of steps that a later process repeated."""
     gaps: list[int]
@@ -79,6 +83,10 @@ class Claims:
     def part_of(self, step: int) -> dict[str, Any]:
         """The `start` event of the process that made a step, from 1."""
         return next(part for part in reversed(self.parts) if part["step"] < step)
+
+    def way_at(self, step: int) -> dict[str, Any]:
+        """Settings that say how a step, from 1, was computed."""
+        return self.ways[max(number for number, part in enumerate(self.parts) if part["step"] < step)]
 
     def row_due(self, step: int) -> bool:
         """True if a step has a row of metrics. Parts may differ in `log_every`; older histories do not name it."""
@@ -123,8 +131,11 @@ def read_claims(path: Path, data: Path | None) -> Claims:
     counts = [count for part in parts for count in (part["machine"]["threads"], part.get("log_every", 1))]
     if not all(map(_is_count, counts)) or not {part["precision"] for part in parts} <= {"fp32", "bf16"}:
         raise RunError(f"{run.history}: wanted the threads and the precision of each part, found others; restore it")
+    names = way_of(config).keys()
+    ways = [{name: value for name, value in part.get("way", {}).items() if name in names} for part in parts]
     return Claims(
         run=run,
+        ways=[way_of(run_config(values | way, str(run.history))) for way in ways],
         config=replace(config, out=path, data=data or config.data),
         rows={row["step"]: row for row in read_metrics(run.metrics)},
         parts=parts,
@@ -225,25 +236,6 @@ def wrong_parts(path: Path, claims: Claims) -> Iterator[str]:
         yield f"its data have the fingerprint {fingerprint[:12]}"
 
 
-def with_named(claims: Claims, named: dict[str, str | None]) -> Claims:
-    """Claims with the functions that the user has named, in place of those of config.json, which name no code to run.
-
-    RunError unless these are the functions that the run has.
-    """
-    for setting, given in named.items():
-        wanted, flag = getattr(claims.config, setting), f"--{setting.replace('_', '-')}"
-        if (wanted is None) != (given is None):
-            raise RunError(
-                f"{claims.run.path}: wanted {flag} {wanted or ''}, as its config.json has, to make its steps again, "
-                f"found {given or 'none'}; {'leave it out' if wanted is None else 'give it, if you trust that file'}"
-            )
-        if given is not None and wanted is not None:
-            hashed = getattr(claims.config, f"{setting}_sha256") is not None
-            if not hashed or given.rpartition(":")[2] != wanted.rpartition(":")[2]:
-                raise RunError(f"{claims.run.path}: wanted {flag} {wanted} with its hash, found {given}; give that one")
-    return replace(claims, config=replace(claims.config, **named))
-
-
 class Segment(NamedTuple):
     """Steps `start` + 1 to `stop`, from one checkpoint, or from the initial weights, to the next."""
 
@@ -288,7 +280,7 @@ class Replay:
         had_gpu = claims.parts[-1]["machine"]["device"] != "cpu"
         chosen = choose_device("cpu" if device == "auto" and not had_gpu else device)
         self.world = World(rank=0, size=1, local_rank=0, device=chosen)
-        if chosen.type != "cpu" and not claims.config.deterministic:
+        if chosen.type != "cpu" and not all(way["deterministic"] for way in claims.ways):
             raise RunError(f"{claims.run.path}: wanted a run with --deterministic, without which no GPU repeats bits")
         evaluated = any("tr_r1" in row for row in claims.rows.values())
         config = replace(
@@ -309,6 +301,12 @@ class Replay:
         claims, last = self.claims, self.claims.run.checkpoints / checkpoint_name(segment.stop)
         for part in {id(p): p for p in map(claims.part_of, range(segment.start + 1, segment.stop + 1))}.values():
             check_machine(str(segment), self.world.device, part["machine"], part["versions"])
+        ways = [claims.way_at(step) for step in range(segment.start + 1, segment.stop + 1)]
+        if any(way != ways[0] for way in ways):
+            raise RunError(
+                f"{segment}: wanted one way of computing, found that a resume changed it between, where no checkpoint "
+                f"is left; keep all with --keep-checkpoints 0"
+            )
         try:
             trainer, rows = self._make(segment)
             parts = trainer.tensors()
@@ -339,7 +337,7 @@ class Replay:
         rows: list[dict[str, Any]] = []
         claims = self.claims
         first = claims.part_of(segment.start + 1)
-        config = replace(self.inputs.config, precision=first["precision"])
+        config = replace(self.inputs.config, precision=first["precision"], **claims.way_at(segment.start + 1))
         checkpoint = claims.run.checkpoints / checkpoint_name(segment.start) if segment.start else ""
         with deterministic_kernels(self.world.device) if config.deterministic else nullcontext():
             with threads(first["machine"]["threads"]):
@@ -414,7 +412,8 @@ def verify_run(
     yield (sound := Check("checkpoints: hashes are those of the history", problems))
     if sound.problems or same.problems:  # a replay would only say the same
         return
-    replay = Replay(with_named(claims, {"own_loss": own_loss, "own_masks": own_masks}), device)
+    config = with_named(claims.config, claims.run.path, {"own_loss": own_loss, "own_masks": own_masks})
+    replay = Replay(replace(claims, config=config), device)
     for segment in choose_segments([step_of(path) for path in claims.checkpoints], steps):
         log.info("replaying %s", segment)
         problems = [f"{segment}: {problem}" for problem in replay.differences(segment)]

@@ -32,6 +32,7 @@ from mvlm.runs.folder import RunFolder
 from mvlm.terminal import VisibleFormatter
 from mvlm_dataloading.untrusted import LIMITS
 from support.commands import MICRO_FLAGS
+from support.failing import failing_run
 from support.hostile_files import (
     FORMS,
     Attack,
@@ -74,6 +75,7 @@ FILL_STEP = "fill --checkpoint {it}/checkpoints/step_00000002 --image {picture} 
 TRAIN = " ".join(["pretrain tiny --data {scenes} --checkpoint-every-steps 1 --eval-every-steps 1", *MICRO_FLAGS])
 RESUME = f"{TRAIN} --out {{it}} --resume"
 EVAL = "eval retrieval --checkpoint {it} --data {scenes} --split test --out {it}/eval/test.json"
+REPLAY = "replay {it} --device cpu"
 REPORT, COMPARE, VERIFY = "report {it}", "report {it} {trained} --out {out}.html", "verify {it}"
 CHECK = "data check {it} --workers 0"
 TABLE, SCORE = "data folder {pictures} {out} --captions {file}", "score vqa {it}/predictions.json {it}/annotations.json"
@@ -91,6 +93,11 @@ ROWS = {
     "checkpoint tokenizer.json": Row("tokenizer", "run", f"{STEP}/tokenizer.json", (FILL_STEP,)),
     "checkpoint weights": Row("", "run", SHARD, (FILL_STEP,)),
     "newest checkpoint of a run": Row("", "run", SHARD, (FILL,), needed=False),
+    "failed step manifest.json": Row("manifest", "failed_step", "manifest.json", (REPLAY,), "json"),
+    "failed step config.json": Row("settings", "failed_step", "config.json", (REPLAY,)),
+    "failed step state.json": Row("state", "failed_step", "state.json", (REPLAY,)),
+    "failed step microbatches": Row("", "failed_step", "microbatches/rank_00000.safetensors", (REPLAY,)),
+    "failed step written": Row("", "run", "failed_step", (RESUME,), writes=True),
     "exported config.json": Row("settings", "exported", "config.json", (FILL,), "json"),
     "exported weights": Row("", "exported", "model.safetensors", (FILL,)),
     "exported tokenizer.json": Row("tokenizer", "exported", "tokenizer.json", (FILL,)),
@@ -140,6 +147,7 @@ def good(trained, scenes, model, tmp_path_factory) -> dict[str, Path]:
             == 0
         )
     load_without_head(trained, "cpu").save(root / "exported")
+    shutil.copytree(failing_run(scenes, tmp_path_factory.mktemp("failing") / "run"), root / "failed_step")
     pictures = root / "pictures"
     pictures.mkdir()
     for number in range(3):

@@ -12,7 +12,7 @@ import torch
 
 from mvlm.cli import find_command
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.config.groups import groups_of, resume_may_change
+from mvlm.config.groups import groups_of, of_recipe, resume_may_change, way_of
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.ranges import NO_FLAG
@@ -114,9 +114,14 @@ def test_every_setting_but_the_model_belongs_to_one_group(kind) -> None:
 
 
 def test_the_group_says_if_a_resumed_run_may_change_a_setting() -> None:
-    kept = {"batch_size", "max_steps", "lr_cross", "image_weights", "plan", "parallel", "task", "blind", "model"}
+    kept = {"batch_size", "max_steps", "lr_cross", "image_weights", "precision", "task", "blind", "model"}
     free = {"out", "data", "log_every", "log_to", "keep_checkpoints", "stall_minutes", "checkpoint_every_steps"}
+    way = {*("plan", "self_attention", "cross_attention", "deterministic"), "capture"}
+    way |= {"parallel", "accumulate", "checkpoint_activations"}
+    free |= way
     assert {name for name in kept | free if resume_may_change(name)} == free
+    assert {name for name in kept | free if of_recipe(name)} == kept | way
+    assert way_of(pretrain_config(Path("data"), Path("out"), accumulate=2)).keys() == way
 
 
 def flags_of(words: list[str], capsys) -> set[str]:
@@ -135,7 +140,7 @@ def with_flags(kind: type, prefix: str = "--") -> set[str]:
 def test_help_shows_every_setting_that_has_a_flag(capsys) -> None:
     shown = flags_of(["pretrain", "tiny"], capsys)
     assert shown == with_flags(PretrainConfig) | with_flags(MaskVLMConfig, "--model.")
-    assert len(shown) <= 86
+    assert len(shown) <= 89
 
 
 def test_help_of_fine_tuning_shows_what_it_takes(capsys) -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mvlm.report.figures import curves
+from mvlm.report.figures import curves, parts
 from mvlm.report.html import HEIGHT, WIDTH, line_chart, nice_range, render, series, thumbnail, write_page
 from mvlm.search.index import Hit
 from support.pages import Page
@@ -136,3 +137,26 @@ def test_curves_leave_out_what_was_not_computed():
     assert "ITC, nats" not in points
     assert found.text.count("no points") == 1
     assert (points["ITM, nats"], points["MLM, nats per masked token"]) == (2, 4)
+
+
+def start_event(step: int, ranks: int, **way: int) -> dict[str, Any]:
+    machine = {"ranks": ranks, "device": "cpu"}
+    return {"step": step, "time": "now", "machine": machine, "precision": "fp32", "way": way}
+
+
+def test_resumes_are_listed_and_marked_where_computing_changed():
+    """A part that computes as before has a row and no mark."""
+    rows = [{"step": s, "mlm": 1.0, "lr": 0.1, "grad_norm": 1.0} for s in (0, 10, 20)]
+    events = [start_event(0, 4, accumulate=1), start_event(5, 4, accumulate=1), start_event(15, 2, accumulate=2)]
+    listed, places = parts(events, {})
+    assert places == [15]
+    assert Page(str(listed)).rows[1:] == [
+        ["0", "now", "4", "cpu", "fp32", ""],
+        ["5", "now", "4", "cpu", "fp32", ""],
+        ["15", "now", "2", "cpu", "fp32", "ranks 2 in place of 4, accumulate 2 in place of 1"],
+    ]
+    assert parts(events[:1], {}) == (None, [])
+    chart = parse(curves(rows, 1, places=places)[0])
+    upright = [line.attrib for line in chart.iter("line") if line.attrib["x1"] == line.attrib["x2"]]
+    ((x0, _), _, (x20, _)) = polylines(curves(rows, 1)[0])[0]
+    assert [float(line["x1"]) for line in upright] == [pytest.approx(x0 + 0.75 * (x20 - x0), abs=0.1)]

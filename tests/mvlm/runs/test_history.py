@@ -7,15 +7,15 @@ import torch
 
 from mvlm.runs import history
 from mvlm.runs.folder import MetricsFile, RunFolder
-from mvlm.runs.history import History, prefix_hash, read_history
+from mvlm.runs.history import History, changed_ways, prefix_hash, read_history
 
 CPU = torch.device("cpu")
 
 
 def test_each_part_is_described_where_it_begins(tmp_path):
     run = RunFolder(tmp_path)
-    History(run).start(0, CPU, 1, "bf16", {"train": "abc"}, 1)
-    History(run).start(40, CPU, 2, "fp32", {"train": "abc"}, 10)
+    History(run).start(0, CPU, 1, "bf16", {"train": "abc"}, 1, {"accumulate": 1, "plan": "fast"})
+    History(run).start(40, CPU, 2, "fp32", {"train": "abc"}, 10, {"accumulate": 2, "plan": "fast"})
     first, second = read_history(run.history)
     assert (first["event"], first["step"], second["step"]) == ("start", 0, 40)
     assert (first["precision"], second["precision"], second["machine"]["ranks"]) == ("bf16", "fp32", 2)
@@ -23,7 +23,12 @@ def test_each_part_is_described_where_it_begins(tmp_path):
     assert first["machine"]["threads"] == torch.get_num_threads()
     assert torch.__version__.startswith(first["versions"]["torch"])  # the package's version may lack the CUDA
     assert (first["log_every"], second["log_every"]) == (1, 10)
-    assert set(first) == {"event", "step", "time", "commit", "precision", "data", "log_every", "machine", "versions"}
+    names = {"event", "step", "time", "commit", "precision", "data", "log_every", "way", "machine", "versions"}
+    assert set(first) == names
+    changed = ["ranks 2 in place of 1", "precision fp32 in place of bf16", "accumulate 2 in place of 1"]
+    assert changed_ways([first, second], {}) == [[], changed]
+    older = {name: value for name, value in first.items() if name != "way"}
+    assert changed_ways([older, second], {"accumulate": 2, "plan": "plain"})[1][2:] == ["plan fast in place of plain"]
 
 
 def test_a_save_has_the_hashes_of_its_manifest_and_of_the_rows_so_far(tmp_path):

@@ -205,7 +205,7 @@ def test_settings_that_do_not_fit_leave_no_folder(scenes, tmp_path, train_split,
 def test_a_part_frozen_at_random_weights_is_named(scenes, trained, tmp_path, caplog):
     def warned(**settings) -> list[str]:
         caplog.clear()
-        build_trainer(open_inputs(pretrain_config(scenes, tmp_path / "run", **settings)), ALONE, "")
+        build_trainer(open_inputs(pretrain_config(scenes, tmp_path / "run", **settings), ALONE), ALONE, "")
         return [record.getMessage().split(":")[0] for record in caplog.records if "frozen" in record.getMessage()]
 
     frozen = {"train_image": "frozen", "train_cross": "frozen"}

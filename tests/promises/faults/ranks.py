@@ -105,6 +105,17 @@ def resized(campaign: Campaign, out: Path, before: int, after: int, parallel: st
         require_close_weights(out, stays, part)
 
 
+def fewer(campaign: Campaign, out: Path) -> None:
+    """A run killed on 4 ranks goes on with 2, which take two microbatches each, and equals the run on one rank."""
+    fault = partial(injections.at_step, 8, injections.kill())
+    campaign.run(out, 4, {3: fault}, ends=[1, 1, 1, -signal.SIGKILL])
+    campaign.run(out, 2, ends=[0, 0], accumulate=2, checkpoint_activations=True)
+    require_log(out, "ranks 2 in place of 4, accumulate 2 in place of 1, checkpoint_activations True")
+    require_close_metrics(out, campaign.undisturbed(1), **FP32)
+    for part in ("model", "ema"):
+        require_close_weights(out, campaign.undisturbed(1), part)
+
+
 def last_save(campaign: Campaign, out: Path, ranks: int) -> None:
     """The last checkpoint cannot be written: a full disk on the only rank, or a size limit on the second of two."""
     keep: dict[str, Any] = {"keep_checkpoints": 3}
@@ -241,6 +252,7 @@ ENDS = ("ends", "hangs")
 LAYOUTS = [(a, b, kind) for a, b in ((1, 2), (2, 1)) for kind in ("ddp", "fsdp")]
 TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
     **{f"{a} to {b}, {kind}": partial(resized, before=a, after=b, parallel=kind) for a, b, kind in LAYOUTS},
+    "4 to 2": fewer,
     **{f"last save, {ranks}": partial(last_save, ranks=ranks) for ranks in (1, 2)},
     **{f"bf16, {kind}": partial(bfloat16, parallel=kind) for kind in ("ddp", "fsdp")},
     "average": average,

@@ -61,6 +61,10 @@ def test_a_run_from_a_bucket_is_killed_and_resumes_elsewhere_on_one_rank(trial):
     trial("linked")
 
 
+def test_a_run_killed_on_four_ranks_goes_on_with_two_and_accumulates(trial):
+    trial("4 to 2")
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_whose_last_checkpoint_is_not_written_says_so_and_can_resume(trial, ranks):
