@@ -1,4 +1,4 @@
-"""Decisions that all ranks of a run make together: start, save, evaluate, stop, fail.
+"""Decisions that all ranks of a run make together: start, stop, fail.
 
 `Notices` are those of one rank to all others, which need no exchange: a failure, and a request to stop. A rank that
 fails takes part in no further exchange, and the others would wait for it. It leaves a notice in the store in which the
@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from mvlm.config.groups import RunConfig, resume_may_change
@@ -130,48 +128,6 @@ def is_lost_rank(error: RuntimeError) -> bool:
     NCCL and the store raise their own exception classes. Gloo raises RuntimeError, recognised by its message.
     """
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
-
-
-class StepDecisions:
-    """Requests to save, evaluate or stop. Any rank may make one; all ranks act on it after the same step.
-
-    Requests are all-reduced while the next step runs and take effect after it, so no step waits.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._sent: tuple[Tensor, dist.Work | None] | None = None
-        self._decided: list[bool] = []
-
-    def decide(self, *requests: bool) -> list[bool]:
-        """Send this rank's requests, and return those that any rank sent at the previous call.
-
-        A rank repeats a request in the call that grants it, before it can see the effect; the repetition is ignored.
-        With one rank, requests are granted at once.
-        """
-        if self._world.size == 1:
-            return list(requests)
-        before = self._sent
-        mine = torch.tensor(requests, dtype=torch.int32)
-        self._sent = (mine, self._world.start_all_reduce(mine, dist.ReduceOp.MAX))
-        if before is None:
-            return [False] * len(requests)
-        received = self._receive(before)
-        last = self._decided or [False] * len(received)
-        self._decided = [new and not old for new, old in zip(received, last, strict=True)]
-        return self._decided
-
-    def close(self) -> None:
-        """Wait for requests in flight. Call it before the process group is closed."""
-        if self._sent is not None:
-            self._receive(self._sent)
-
-    @staticmethod
-    def _receive(sent: "tuple[Tensor, dist.Work | None]") -> list[bool]:
-        values, work = sent
-        if work is not None:
-            work.wait()
-        return values.bool().tolist()
 
 
 POLL_SECONDS = 1.0

@@ -16,9 +16,10 @@ from torch import Tensor
 from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
-from mvlm.distributed.coordination import Notices, StepDecisions, run_on_all_ranks
+from mvlm.distributed.coordination import Notices, run_on_all_ranks
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import Parallel, unsharded_copy
+from mvlm.distributed.step_exchange import StepExchange
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_briefly
@@ -53,7 +54,7 @@ from mvlm.training.metrics import (
     MetricsBuffer,
     MetricsLogger,
     SkippedUpdates,
-    finite_on_all_ranks,
+    finite_update,
     full_tensor,
     gradient_norms,
 )
@@ -110,9 +111,12 @@ class Trainer:
         folder = RunFolder(config.out)
         self.writer = CheckpointWriter(folder.checkpoints, world, config.keep_checkpoints, History(folder))
         self.stop, self.notices = StopRequest(config.preemption_file), Notices(world)
+        self.exchange = StepExchange(world, requests=2)
         self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes, self.notices.failure)
         self.metrics = MetricsBuffer()
         """Metrics of the steps since the last row."""
+        self.saved_at = math.inf
+        """Time of the last save, or of the start of training."""
         self.step = 0
         """Number of updates made or skipped."""
         self.best: dict[str, float] | None = None
@@ -147,14 +151,13 @@ class Trainer:
         log_row, seconds = (None, 0.0) if sinks is None else (sinks.log, sinks.seconds)
         logger = MetricsLogger(config, world, self.check_skipped_updates, log_row, seconds)
         batches = iter(self.loader)
-        decisions = StepDecisions(world)
-        saved_at = time.monotonic()
+        self.saved_at = time.monotonic()
         with (
             sinks or nullcontext(),
             closing(self.loader),
             self.writer,
             self.watchdog,
-            self.stop as stop,
+            self.stop,
             self.notices,
             TrainingProgress(self.step, config.max_steps, shown=world.first) as progress,
         ):
@@ -163,9 +166,7 @@ class Trainer:
                 self.one_step(batches)
                 # The previous row. Its numbers arrived while this step was being queued, so nothing waits here.
                 logger.write_row(progress)
-                now = time.monotonic()
-                late = not config.checkpoint_every_steps and now - saved_at >= CHECKPOINT_SECONDS
-                save, end = decisions.decide(late, stop.requested())
+                save, end = self.exchange.granted(self.requests())
                 # Clocks and signals differ between ranks, so these are decided together. Steps (`due`) are the same.
                 if self.validation is not None and self.due(config.eval_every_steps):
                     found = self.evaluate(self.validation, sinks)
@@ -178,11 +179,10 @@ class Trainer:
                     # Rows first: a resume drops the rows after its checkpoint, and never misses one before it.
                     logger.write_row(progress)
                     self.save()
-                    saved_at = time.monotonic()
+                    self.saved_at = time.monotonic()
                 if end:
                     break
             self.watchdog.beat("the last checkpoint")
-            decisions.close()
             self.writer.wait()
             if self.writer.newest != self.writer.path(self.step):
                 raise RunError(
@@ -191,12 +191,19 @@ class Trainer:
                 )
             if not self.complete:
                 log.info(
-                    "stopped by %s at step %d; saved: continue with --resume", stop.reason or "another rank", self.step
+                    "stopped by %s at step %d; saved: continue with --resume",
+                    self.stop.reason or "another rank",
+                    self.step,
                 )
 
     def due(self, every: int) -> bool:
         """True if this step is a multiple of `every`; never for 0."""
         return every > 0 and self.step % every == 0
+
+    def requests(self) -> tuple[bool, bool]:
+        """Requests of this rank, True or False: a checkpoint, as the last one is old; the end of the run."""
+        now, by_time = time.monotonic(), not self.config.checkpoint_every_steps
+        return by_time and now - self.saved_at >= CHECKPOINT_SECONDS, self.stop.requested()
 
     def one_step(self, batches: Iterator[tuple[Batch, Masks]]) -> None:
         """Make one update, or skip it if its loss or its gradient is not finite.
@@ -219,24 +226,29 @@ class Trainer:
         self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
         # In compiled code and in CUDA graphs a Python number is a constant.
         step: Any = torch.full((), self.step, device=self.device) if self.config.fixed_shapes else self.step
+        self.parallel.alone.start()
         losses = self.backward(microbatches, step)
-        further = self.update(losses)
+        further, ranks = self.update(losses, (waited, self.parallel.alone.seconds(), self.loader.skipped))
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
-        self.metrics.add(self.step, samples, tokens, {**losses, **further}, waited)
+        self.metrics.add(self.step, samples, tokens, {**losses, **further}, waited, ranks)
 
-    def update(self, losses: Losses) -> dict[str, Tensor]:
-        """Clip the gradients and make the update, if it is finite on all ranks. Returns further metrics of the step."""
+    def update(self, losses: Losses, figures: tuple[float, ...]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Clip the gradients and make the update, if it is finite on all ranks.
+
+        `figures` are this rank's of the step (`mvlm.training.rank_figures`). Returns further metrics, and the figures
+        of all ranks, on several.
+        """
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
-        good = finite_on_all_ranks(self.world, losses.total.detach(), norm)
+        good, ranks = self.exchange.send(finite_update(losses.total.detach(), norm), self.requests(), figures)
         # The fused optimizer reads this flag on the device. An `if` here would make the host wait for the step.
         self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         values = {"grad_norm": norm, "good": good} | {f"grad_norm_{name}": value for name, value in parts.items()}
-        return values | self.after_update()
+        return values | self.after_update(), ranks
 
     def forward_backward(self, microbatches: list[tuple[Batch, Masks]], step: int | Tensor) -> Losses:
         """Compute the losses of the global batch, scalars without gradient, and the gradients of their total.
