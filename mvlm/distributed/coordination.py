@@ -7,10 +7,13 @@ ranks found each other. Every rank reads the store on a connection of its own.
 
 import contextlib
 import os
+import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -95,6 +98,55 @@ def check_same(
                 )
 
     run_on_all_ranks(world, compare)
+
+
+SHARED_SECONDS = 30.0
+"""Longest time until a file of one node is seen on another one: network disks keep what they have read for a while."""
+
+
+def check_shared(world: World, folder: Path) -> None:
+    """Check that a folder is the same on all ranks. If not, rank 0 raises RunError and the others end.
+
+    Rank 0 writes an empty file with a random name in it, for which the others look.
+    """
+    if world.size == 1:
+        return
+    token = run_on_all_ranks(world, lambda: _leave_token(folder) if world.first else "")
+    name = world.gather_objects(token)[0]
+    missing = world.gather_objects(None if _appears(folder / name) else socket.gethostname())
+    if world.first:
+        (folder / name).unlink(missing_ok=True)
+    lost = [(rank, host) for rank, host in enumerate(missing) if host is not None]
+
+    def judge() -> None:
+        if lost:
+            rank, host = lost[0]
+            more = f", nor do {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise RunError(
+                f"{folder}: wanted a folder that all ranks share, found that rank {rank} on {host} does not see what "
+                f"rank 0 on {socket.gethostname()} writes there{more}; give an --out on a shared disk"
+            )
+
+    run_on_all_ranks(world, judge)
+
+
+def _leave_token(folder: Path) -> str:
+    name = f".shared-{secrets.token_hex(8)}"
+    (folder / name).touch(exist_ok=False)
+    return name
+
+
+def _appears(file: Path) -> bool:
+    """True if a file is there, or appears within `SHARED_SECONDS`."""
+    until = time.monotonic() + SHARED_SECONDS
+    while not file.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+        for place in (file.parent.parent, file.parent):  # a listing makes a network disk look again
+            with contextlib.suppress(OSError):
+                os.listdir(place)
+    return True
 
 
 @contextmanager

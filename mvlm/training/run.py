@@ -21,7 +21,7 @@ from mvlm import waiting
 from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
-from mvlm.distributed.coordination import check_ranks, naming_lost_ranks, run_on_all_ranks
+from mvlm.distributed.coordination import check_ranks, check_shared, naming_lost_ranks, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
@@ -131,6 +131,7 @@ def build_run(
     check_ranks(world, inputs.config, inputs.dataset, inputs.validation, inputs.also_evaluated)
     # Rank 0 locks the folder and verifies the checkpoints, for all ranks.
     with run_on_all_ranks(world, lambda: RunLock(config.out) if world.first else nullcontext()):
+        check_shared(world, config.out)
         found = run_on_all_ranks(world, lambda: str(open_run(inputs.config) or "") if world.first else "")
         checkpoint = world.gather_objects(found)[0]
         trainer = run_on_all_ranks(world, lambda: build_trainer(inputs, world, checkpoint))
