@@ -13,6 +13,7 @@ from support.kernels.interpreter import patch_once_a_launch
 
 if TYPE_CHECKING:
     from mvlm_dataloading import Dataset, Tokenizer
+    from support.seaweed import Seaweed
 
 # Triton decides at import whether it interprets, so one process either interprets kernels or compiles them. The suite
 # interprets: it needs no GPU, and ops on CPU tensors still take torch unless a test asks for Triton. Tests that compile
@@ -142,6 +143,15 @@ def web(served) -> Iterator[str]:
 
     with serve(served) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory) -> "Iterator[Seaweed]":
+    """A SeaweedFS server, one for all tests of this process. Tests use names of their own in its bucket."""
+    from support.seaweed import serve_seaweed
+
+    with serve_seaweed(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
 
 
 @pytest.fixture

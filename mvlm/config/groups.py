@@ -29,7 +29,7 @@ from mvlm.config.ranges import (
     check_values,
 )
 from mvlm.errors import ConfigError
-from mvlm_dataloading.urls import is_remote, normal_url
+from mvlm_dataloading.urls import is_remote, normal_url, shown
 
 Kind = TypeVar("Kind", bound=type)
 Learning = Literal["full", "lora", "frozen"]
@@ -215,6 +215,9 @@ class CheckpointSettings:
     one."""
     keep_checkpoints: Annotated[int, AT_LEAST_0] = 2
     """Number of newest checkpoints to keep; 0 for all."""
+    mirror: Path | None = None
+    """A place of this run alone in an object store, s3://BUCKET/PATH. Checkpoints are copied there beside training, and
+    --resume takes the newest of both places."""
 
 
 @settings(resume_may_change=True)
@@ -252,7 +255,13 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
 
     def __post_init__(self) -> None:
         check_values(self)
-        for name in ("data", "also_evaluate"):  # config.json and everything else that names it has no password
+        if self.mirror is not None and not str(self.mirror).startswith("s3:/"):
+            raise ConfigError(f"mirror: wanted s3://BUCKET/PATH, got {shown(str(self.mirror))}; give another place")
+        for name in (
+            "data",
+            "also_evaluate",
+            "mirror",
+        ):  # config.json and everything else that names it has no password
             place = getattr(self, name, None)
             if place is not None and is_remote(place):
                 object.__setattr__(self, name, Path(normal_url(place)))

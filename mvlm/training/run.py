@@ -34,6 +34,7 @@ from mvlm.progress import format_duration
 from mvlm.runs.folder import RunFolder, RunLock, write_config
 from mvlm.runs.history import History
 from mvlm.runs.load import identify
+from mvlm.runs.mirror import Mirror, open_mirror
 from mvlm.runs.resume import open_run
 from mvlm.training.cuda_graphs import check_graphs
 from mvlm.training.loggers import check_services, start_services
@@ -80,13 +81,14 @@ def do_run(
     kernels = deterministic_kernels(world.device) if config.deterministic else nullcontext()
     with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
         first_step = trainer.step
-        if not trainer.complete:
-            if isinstance(trainer.config, PretrainConfig):
-                compile_kernels(trainer.config, world)
-            record_start(trainer)
-            advice = "Continue from the last checkpoint with --resume"
-            with naming_lost_ranks(world, trainer.notices.failure, advice):
-                trainer.train()
+        with trainer.writer.mirror or nullcontext():
+            if not trainer.complete:
+                if isinstance(trainer.config, PretrainConfig):
+                    compile_kernels(trainer.config, world)
+                record_start(trainer)
+                advice = "Continue from the last checkpoint with --resume"
+                with naming_lost_ranks(world, trainer.notices.failure, advice):
+                    trainer.train()
         if trainer.complete and world.first:
             _log_end(trainer, trainer.step - first_step, time.monotonic() - began, say_next)
         reason = trainer.stop.reason
@@ -127,6 +129,8 @@ def build_run(
         open_inputs: opens and checks what the run reads.
         build_trainer: builds the trainer from it, on a rank, at a checkpoint ("" for the first step).
     """
+    copied, place = config.mirror is not None and world.first, config.mirror or Path()
+    store = run_on_all_ranks(world, lambda: open_mirror(place, config.out, config.resume) if copied else None)
     inputs = run_on_all_ranks(world, lambda: open_inputs(config))
     check_ranks(world, inputs.config, inputs.dataset, inputs.validation, inputs.also_evaluated)
     # Rank 0 locks the folder and verifies the checkpoints, for all ranks.
@@ -139,6 +143,10 @@ def build_run(
             run_on_all_ranks(world, lambda: start_services(inputs.config) if world.first else None)
         # Last, so that a run that cannot be built leaves no config.json, which would claim the folder.
         run_on_all_ranks(world, lambda: write_config(inputs.config) if world.first else None)
+        if store is not None:
+            trainer.writer.mirror = Mirror(store, RunFolder(config.out), config.keep_checkpoints)
+            if trainer.writer.newest is not None:
+                trainer.writer.mirror.add(trainer.writer.newest)
         yield trainer
 
 

@@ -121,7 +121,7 @@ def test_fsdp_gathers_in_bf16_and_keeps_weights_and_gradients_in_fp32():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_run_folder_that_ranks_do_not_share_ends_all_before_the_first_step(scenes, tmp_path, monkeypatch, shared):
+def test_a_run_folder_that_ranks_do_not_share_ends_all_at_once(scenes, tmp_path, monkeypatch, shared):
     """Each rank works in a folder of its own, as on nodes with disks of their own. The folder may appear late."""
     monkeypatch.setattr(coordination, "SHARED_SECONDS", 10.0 if shared else 0.3)
     config = pretrain_config(scenes, Path("run"), max_steps=1)
