@@ -354,6 +354,17 @@ class ForgettingSettings:
     first step and after the last."""
 
 
+@settings(resume_may_change=True)
+class ClassesSettings:
+    """Zero-shot classification at evaluations. A resumed run may change it."""
+
+    classes: Path | None = None
+    """A folder or a tar with a folder of images for each class, as ImageNet's `val`: at each evaluation they are
+    classified, by ITC; with `eval_images` so many of them, evenly spread."""
+    templates: Path | None = None
+    """A file with a text a line that stands for a class, with {} for its name. Default: the name alone."""
+
+
 MAX_GRAPHS = 8
 """Most CUDA graphs at a time. Each keeps a copy of the gradients and its inputs. They share all other memory, a pool
 that no eager step can use."""

@@ -60,16 +60,16 @@ NOTE: each rank derives from them alone at which step its next collective is. Ra
 """
 
 
-def check_ranks(
-    world: World, config: RunConfig, dataset: Dataset, validation: Dataset | None = None, also: Dataset | None = None
-) -> None:
-    """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end."""
+def check_ranks(world: World, config: RunConfig, dataset: Dataset, further: dict[str, Any]) -> None:
+    """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end.
+
+    `further` are data with a fingerprint, by their names in messages, or None.
+    """
     settings = config.to_dict()
     own = {f"model.{name}": value for name, value in settings.pop("model").items()}
     own |= {name: value for name, value in settings.items() if name in TOGETHER or not resume_may_change(name)}
     own |= {"out": str(config.out), "data": dataset.fingerprint}
-    for name, split in (("validation", validation), ("also_evaluate", also)):
-        own[name] = None if split is None else split.fingerprint
+    own |= {name: None if data is None else data.fingerprint for name, data in further.items()}
     # What "auto" stands for may differ from machine to machine.
     own["device in use"] = world.device.type
     own["precision in use"] = chosen_precision(world.device, config.precision)

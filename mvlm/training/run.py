@@ -25,6 +25,7 @@ from mvlm.distributed.coordination import check_ranks, check_shared, naming_lost
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
+from mvlm.evaluation.class_images import open_classes
 from mvlm.model.adaptation import adapt
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
@@ -132,7 +133,8 @@ def build_run(
     copied, place = config.mirror is not None and world.first, config.mirror or Path()
     store = run_on_all_ranks(world, lambda: open_mirror(place, config.out, config.resume) if copied else None)
     inputs = run_on_all_ranks(world, lambda: open_inputs(config))
-    check_ranks(world, inputs.config, inputs.dataset, inputs.validation, inputs.also_evaluated)
+    read = {"validation": inputs.validation, "also_evaluate": inputs.also_evaluated, "classes": inputs.classes}
+    check_ranks(world, inputs.config, inputs.dataset, read)
     # Rank 0 locks the folder and verifies the checkpoints, for all ranks.
     with run_on_all_ranks(world, lambda: RunLock(config.out) if world.first else nullcontext()):
         check_shared(world, config.out)
@@ -196,7 +198,9 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
     if not RunFolder(config.out).config.exists():
         check_settings(config, dataset)
     also = None if config.also_evaluate is None else open_dataset(config.also_evaluate, "validation")
-    return RunInputs(config, dataset, validation, tokenizer, also)
+    classes = None if config.classes is None else open_classes(config.classes, config.templates)
+    classes = None if classes is None else classes.spread(config.eval_images)
+    return RunInputs(config, dataset, validation, tokenizer, also, classes)
 
 
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:

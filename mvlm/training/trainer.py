@@ -22,6 +22,8 @@ from mvlm.distributed.parallel import Parallel, unsharded_copy
 from mvlm.distributed.step_exchange import StepExchange
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
+from mvlm.evaluation.class_images import ClassImages
+from mvlm.evaluation.classification import classify_briefly
 from mvlm.evaluation.evaluate import evaluate_briefly
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.files import check_finite
@@ -80,6 +82,8 @@ class RunInputs(NamedTuple):
     tokenizer: Tokenizer
     also_evaluated: Dataset | None = None
     """Validation split of `also_evaluate`, if pretraining has one."""
+    classes: ClassImages | None = None
+    """Images of classes, if pretraining classifies some at its evaluations."""
 
 
 class Trainer:
@@ -101,7 +105,7 @@ class Trainer:
         initial_model: dict[str, str] | None = None,
         keep_start: KeepStart | None = None,
     ) -> None:
-        config, _, self.validation, self.tokenizer, self.also_evaluated = inputs
+        config, _, self.validation, self.tokenizer, self.also_evaluated, self.classes = inputs
         self.config, self.world, self.parallel, self.optimizer = config, world, parallel, optimizer
         self.model: Any = parallel.model
         """The model; in fine-tuning, the task around it."""
@@ -312,7 +316,9 @@ class Trainer:
         model = unsharded_copy(self.model, self.new_model)
         figures = {}  # stays empty if a rank is to stop
         with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
-            figures = evaluate_briefly(model, validation, self.tokenizer, self.config.precision, workspace)
+            common = self.tokenizer, self.config.precision, workspace
+            found = evaluate_briefly(model, validation, *common)
+            figures = found | ({} if self.classes is None else classify_briefly(model, self.classes, *common))
         if not figures:
             return {}, math.nan
         image = reconstruction_strip(model, validation, self.tokenizer, self.config.precision)

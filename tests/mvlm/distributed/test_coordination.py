@@ -105,8 +105,8 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, monkeyp
         out = tmp_path / ("there" if changed == "out" else "run")
         data = {split: other if changed == split else scenes for split in ("data", "validation")}
         config = pretrain_config(scenes, out, precision="auto", **settings)
-        splits = open_dataset(data["data"], "train"), open_dataset(data["validation"], "validation")
-        return check_ranks(world, config, *splits)
+        further = {"validation": open_dataset(data["validation"], "validation"), "classes": None}
+        return check_ranks(world, config, open_dataset(data["data"], "train"), further)
 
     if what == "precision in use":  # the machine of one rank computes bf16 in hardware
         machines = iter(("bf16", "fp32"))
