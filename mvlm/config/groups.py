@@ -204,6 +204,9 @@ class LoggingSettings:
     log_to: tuple[Literal["wandb", "trackio"], ...] = ()
     """Services that get the metrics too. wandb: Weights & Biases; WANDB_MODE=offline keeps them on this machine.
     trackio: on this machine."""
+    artefacts: bool = False
+    """Upload the best and the last checkpoint to Weights & Biases. A checkpoint is then also saved after each best
+    evaluation. `mvlm report --upload` adds the report."""
 
 
 @settings(resume_may_change=True)
@@ -255,6 +258,8 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.artefacts and "wandb" not in self.log_to:
+            raise ConfigError("artefacts: wanted --log-to wandb, which takes them, got none; give it")
         if self.mirror is not None and not str(self.mirror).startswith("s3:/"):
             raise ConfigError(f"mirror: wanted s3://BUCKET/PATH, got {shown(str(self.mirror))}; give another place")
         for name in (

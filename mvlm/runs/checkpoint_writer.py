@@ -73,6 +73,8 @@ class CheckpointWriter:
         """Number of saves that failed."""
         self.mirror: Mirror | None = None
         """Copies of the checkpoints in an object store, if rank 0 makes some."""
+        self.finished: Callable[[Path], object] = lambda checkpoint: None
+        """Called with each finished checkpoint, in the thread that wrote it."""
 
     def resume_from(self, checkpoint: Path) -> None:
         """Register the checkpoint that the run continues from.
@@ -158,6 +160,7 @@ class CheckpointWriter:
             self.newest = final
             if self.mirror is not None:
                 self.mirror.add(final)
+            self.finished(final)
 
     def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """Do `work` on every rank. Returns all results by rank; SaveError on all ranks if it failed on one."""

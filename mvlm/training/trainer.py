@@ -45,6 +45,7 @@ from mvlm.runs.checkpoint import (
     read_state,
     read_tensors,
     set_generators,
+    step_of,
 )
 from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import RunFolder
@@ -155,6 +156,8 @@ class Trainer:
         log_row, seconds = (None, 0.0) if sinks is None else (sinks.log, sinks.seconds)
         logger = MetricsLogger(config, world, self.check_skipped_updates, log_row, seconds)
         batches = iter(self.loader)
+        if sinks is not None:
+            self.writer.finished = partial(self.log_if_best, sinks)
         self.saved_at = time.monotonic()
         with (
             sinks or nullcontext(),
@@ -175,6 +178,7 @@ class Trainer:
                 if self.validation is not None and self.due(config.eval_every_steps):
                     found = self.evaluate(self.validation, sinks)
                     figures, end = figures | found, end or not found
+                    save |= config.artefacts and self.is_best()
                 figures |= self.also_evaluate()
                 if figures or self.due(config.log_every) or end or self.complete:
                     closed, self.metrics = self.metrics, MetricsBuffer()
@@ -193,12 +197,23 @@ class Trainer:
                     f"{self.writer.path(self.step)}: could not be written (the reason is above), and the run ends "
                     f"here; older checkpoints are unchanged: remove the cause and continue with --resume"
                 )
+            if sinks is not None:
+                sinks.log_checkpoint(self.writer.newest, "last")
             if not self.complete:
                 log.info(
                     "stopped by %s at step %d; saved: continue with --resume",
                     self.stop.reason or "another rank",
                     self.step,
                 )
+
+    def is_best(self) -> bool:
+        """True if the evaluation of this step was the best so far. Rank 0 decides for all."""
+        return self.world.gather_objects(self.best is not None and self.best["step"] == self.step)[0]
+
+    def log_if_best(self, sinks: LogSinks, checkpoint: Path) -> None:
+        """Log the finished checkpoint of the best evaluation, if it is that."""
+        if self.best is not None and step_of(checkpoint) == self.best["step"]:
+            sinks.log_checkpoint(checkpoint, "best")
 
     def due(self, every: int) -> bool:
         """True if this step is a multiple of `every`; never for 0."""
