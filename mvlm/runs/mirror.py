@@ -276,10 +276,9 @@ Files = dict[str, tuple[int, str]]
 
 def _read_manifest(store: StoreFolder, step: int) -> Files:
     content = _read(store, f"{checkpoint_name(step)}/{MIRROR}", LIMITS["manifest"])
-    try:
+    value: Any = None
+    with contextlib.suppress(ValueError):
         value = parse_json(content)
-    except ValueError:
-        value = None
     if not fits(value, MirrorManifest) or value["format_version"] != FORMAT_VERSION:
         raise DamagedError(f"{MIRROR} is damaged, or of another version of mvlm")
     files = {file: (one["bytes"], one["sha256"]) for file, one in value["files"].items()}

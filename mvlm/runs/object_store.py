@@ -54,7 +54,7 @@ class StoreFolder:
         self._obstore, classes = need("obstore", "remote"), need("obstore.store", "remote")
         self._prefix = f"{path}/" if path else ""
         settings = _s3_settings()
-        client = {"connect_timeout": f"{SILENCE_S}s", "timeout": f"{REQUEST_S}s"}
+        client: dict[str, Any] = {"connect_timeout": f"{SILENCE_S}s", "timeout": f"{REQUEST_S}s"}
         client["allow_http"] = str(settings.get("endpoint", "")).startswith("http://")
         self._store = classes.S3Store(bucket, client_options=client, retry_config=RETRY, **settings)
 

@@ -50,7 +50,8 @@ class RankFigures:
             least = LEAST_IMAGES if name == "skipped" else LEAST_SHARE * step_s
             for values in by_step:
                 self._look_for_slow(name, values, least)
-            values = by_step[-1] if name == "skipped" else [fmean(own) for own in zip(*by_step, strict=True)]
+            of_ranks = zip(*by_step, strict=True)
+            values = [int(own[-1]) if name == "skipped" else fmean(own) for own in of_ranks]
             parts = min(values), median_low(values), max(values)
             found |= {f"{name}_{part}": value for part, value in zip(PARTS, parts, strict=True)}
         return found

@@ -198,7 +198,7 @@ class Trainer:
                     f"here; older checkpoints are unchanged: remove the cause and continue with --resume"
                 )
             if sinks is not None:
-                sinks.log_checkpoint(self.writer.newest, "last")
+                sinks.log_checkpoint(self.writer.path(self.step), "last")
             if not self.complete:
                 log.info(
                     "stopped by %s at step %d; saved: continue with --resume",

@@ -16,7 +16,7 @@ from support.faults.forks import ended_well, in_ranks
 from support.folders import rows_of
 from support.models import pretrain_config
 
-PAUSE_S = 0.5
+PAUSE_S = 0.3
 
 
 def steps_of(number: int, *by_rank: tuple[float, float, float]) -> list[list[list[float]]]:
@@ -63,7 +63,7 @@ def test_little_is_not_slow(usual, other, caplog):
 def test_a_rank_that_sleeps_is_named(scenes, tmp_path, monkeypatch, without_tensorboard, size, what):
     """Rank 1 sleeps where it reads data, or where it computes."""
     monkeypatch.setattr(rank_figures, "SLOW_STEPS", 4)
-    config = pretrain_config(scenes, tmp_path / "run", batch_size=2 * size, max_steps=9, log_every=3)
+    config = pretrain_config(scenes, tmp_path / "run", batch_size=2 * size, max_steps=6, log_every=3)
 
     def work() -> None:
         logging.basicConfig(stream=sys.stderr, force=True)
