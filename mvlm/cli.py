@@ -46,6 +46,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Evaluation": {
         "eval retrieval": evaluate.eval_retrieval,
+        "eval classes": evaluate.eval_classes,
         **{f"eval {task}": evaluate.eval_task(task) for task in task_names() if task != "retrieval"},
         "score": evaluate.score,
         "report": report.report,

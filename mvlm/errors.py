@@ -19,6 +19,7 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "gradio": "app",
     "lancedb": "search",
+    "obstore": "remote",
     "ray": "ray",
 }
 """Module of an optional package -> the extra of mvlm that installs it."""

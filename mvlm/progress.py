@@ -160,6 +160,8 @@ def describe_row(row: dict[str, Any], losses: Iterable[str]) -> str:
     if "tr_r1" in row:
         parts.append(f"validation R@1 {_number(row['tr_r1'])} / {_number(row['ir_r1'])}")
         parts.append(f"gain {_number(row['gain_text_nats'], 2)} nats, {_number(row['gain_pixels_pct'])} %")
+    if "classes_top1" in row:
+        parts.append(f"classes {_number(row['classes_top1'])} %")
     parts += [f"validation {name.removeprefix('val_')} {_number(row[name])}" for name in row if name.startswith("val_")]
     return "  ".join(parts)
 

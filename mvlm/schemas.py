@@ -41,6 +41,20 @@ class Manifest(TypedDict):
     world_size: NotRequired[Annotated[int, Meta(ge=1, le=2**20)]]
 
 
+class MirroredFile(TypedDict):
+    """A file of a copied checkpoint."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class MirrorManifest(TypedDict):
+    """mirror.json of a checkpoint in an object store: its files, and those of its run."""
+
+    format_version: int
+    files: dict[Annotated[str, Meta(min_length=1, max_length=1024)], MirroredFile]
+
+
 class Start(TypedDict):
     """A trained model that a run started from."""
 

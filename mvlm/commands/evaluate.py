@@ -103,6 +103,75 @@ def eval_retrieval(
                 say(format_table(figures))
 
 
+def eval_classes(
+    *,
+    checkpoint: Path,
+    classes: Path,
+    templates: Path | None = None,
+    out: Path | None = None,
+    image_size: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Classify images of classes without training: the nearest text wins.
+
+    The same command again continues after a kill. `torchrun ... -m mvlm eval classes` shares the work among ranks; the
+    figures are the same.
+
+    Args:
+        checkpoint: Run folder, one of its checkpoints, or exported folder.
+        classes: Folder or uncompressed tar with a folder of images for each class, as ImageNet's `val`. A file beside
+            the folders or above them names the classes, such as classnames.txt or LOC_synset_mapping.txt; else the
+            folders do.
+        templates: File with a text a line, with {} for the name of a class. Default: the name alone.
+        out: JSON file for the figures. Until they are there, the folder OUT.parts beside it holds the work, on a disk
+            that all ranks see. Default: print them only; one rank, which begins anew after a kill.
+        image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
+        device: auto, cpu or cuda.
+    """
+    from mvlm.commands.arguments import check_no_input, check_result_file
+    from mvlm.device import chosen_precision
+    from mvlm.distributed.coordination import check_same, joined_ranks, run_on_all_ranks
+    from mvlm.errors import ConfigError
+    from mvlm.evaluation.class_images import ClassImages, open_classes
+    from mvlm.evaluation.classification import classify_images, describe_classification
+    from mvlm.evaluation.workspace import SAME_WORK, open_workspace
+    from mvlm.machine import describe_machine, package_versions
+    from mvlm.runs.load import load_without_head
+    from mvlm_dataloading.files import write_json
+
+    with joined_ranks(device) as world:
+
+        def prepare() -> "tuple[TrainedModel, ClassImages]":
+            if out is None and world.size > 1:
+                raise ConfigError(
+                    "out: wanted a file, beside which the ranks share their work, found none; add --out FILE"
+                )
+            check_result_file(out)
+            check_no_input(out, templates)
+            images = open_classes(classes, templates)
+            return load_without_head(checkpoint, world.device, image_size=image_size), images
+
+        model, images = run_on_all_ranks(world, prepare)
+        precision = chosen_precision(world.device)
+        spec = {"model": model.sha256, "classes": images.fingerprint, "device": world.device.type}
+        spec["precision"] = precision
+        check_same(world, {"out": str(out), **spec}, SAME_WORK)
+        with open_workspace(None if out is None else out.with_name(f"{out.name}.parts"), spec, world) as workspace:
+            figures = {
+                **{"checkpoint": str(checkpoint), "classes": str(classes), "templates": images.templates},
+                **classify_images(model.network, images, model.tokenizer, precision, workspace),
+                "model": model.sha256,
+                "fingerprint": images.fingerprint,
+                "precision": precision,
+                "machine": describe_machine(world.device, world.size),
+                "versions": package_versions(),
+            }
+            if world.first:
+                if out is not None:
+                    write_json(out, figures)
+                say(describe_classification(figures))
+
+
 def eval_task(task: str) -> Callable[..., None]:
     """The command `mvlm eval TASK` of a task, by its name or its Python file."""
     options = stated(task, "prediction_options")

@@ -8,7 +8,15 @@ from mvlm.terminal import say
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
-def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None, out: Path | None = None) -> None:
+def report(
+    run: Path,
+    others: tuple[Path, ...] = (),
+    /,
+    data: Path | None = None,
+    out: Path | None = None,
+    *,
+    upload: bool = False,
+) -> None:
     """Write a report of a run, or a comparison of several runs, as one HTML file.
 
     A report has tables, curves, reconstructions, filled-in captions and retrievals. That of a fine-tuned run has the
@@ -20,22 +28,30 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
         others: Up to five run folders to compare it with.
         data: Folder of shards for a report's examples, of one run. Default: the one that the run was evaluated on.
         out: File to write. Default: report.html in the run folder, or compare.html in the first one.
+        upload: Upload the report of one run, as an artefact, to its run at Weights & Biases.
     """
     from mvlm.commands.arguments import check_page
 
     check_page(out)
     if others:
-        if data is not None:
-            from mvlm.errors import ConfigError
+        from mvlm.errors import ConfigError
 
+        if data is not None:
             raise ConfigError("data: a comparison of runs shows no examples; leave --data out, or name one run")
+        if upload:
+            raise ConfigError("upload: a comparison belongs to no run at W&B; leave --upload out, or name one run")
         from mvlm.report.comparison import write_comparison
 
         say(write_comparison([run, *others], out))
         return
     from mvlm.report.page import write_report
 
-    say(write_report(run, data, out))
+    page = write_report(run, data, out)
+    say(page)
+    if upload:
+        from mvlm.training.loggers import upload_report
+
+        upload_report(run, page)
 
 
 def verify(

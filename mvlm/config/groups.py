@@ -31,7 +31,7 @@ from mvlm.config.ranges import (
     check_values,
 )
 from mvlm.errors import ConfigError
-from mvlm_dataloading.urls import intact, is_remote, normal_url
+from mvlm_dataloading.urls import intact, is_remote, normal_url, shown
 
 Kind = TypeVar("Kind", bound=type)
 Learning = Literal["full", "lora", "frozen"]
@@ -257,6 +257,9 @@ class LoggingSettings:
     log_to: tuple[Literal["wandb", "trackio"], ...] = ()
     """Services that get the metrics too. wandb: Weights & Biases; WANDB_MODE=offline keeps them on this machine.
     trackio: on this machine."""
+    artefacts: bool = False
+    """Upload the best and the last checkpoint to Weights & Biases. A checkpoint is then also saved after each best
+    evaluation. `mvlm report --upload` adds the report."""
 
 
 @settings(resume_may_change=True)
@@ -268,6 +271,9 @@ class CheckpointSettings:
     one."""
     keep_checkpoints: Annotated[int, AT_LEAST_0] = 2
     """Number of newest checkpoints to keep; 0 for all."""
+    mirror: Path | None = None
+    """A place of this run alone in an object store, s3://BUCKET/PATH. Checkpoints are copied there beside training, and
+    --resume takes the newest of both places."""
 
 
 @settings(resume_may_change=True)
@@ -310,7 +316,15 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
 
     def __post_init__(self) -> None:
         check_values(self)
-        for name in ("data", "also_evaluate"):  # config.json and everything else that names it has no password
+        if self.artefacts and "wandb" not in self.log_to:
+            raise ConfigError("artefacts: wanted --log-to wandb, which takes them, got none; give it")
+        if self.mirror is not None and not str(self.mirror).startswith("s3:/"):
+            raise ConfigError(f"mirror: wanted s3://BUCKET/PATH, got {shown(str(self.mirror))}; give another place")
+        for name in (
+            "data",
+            "also_evaluate",
+            "mirror",
+        ):  # config.json and everything else that names it has no password
             place = getattr(self, name, None)
             if place is not None and is_remote(place):
                 object.__setattr__(self, name, Path(normal_url(place)))
@@ -405,6 +419,17 @@ class ForgettingSettings:
     also_evaluate: Path | None = None
     """A data set, such as the one that `initial_model` was trained on. Its validation split is ranked by ITC before the
     first step and after the last."""
+
+
+@settings(resume_may_change=True)
+class ClassesSettings:
+    """Zero-shot classification at evaluations. A resumed run may change it."""
+
+    classes: Path | None = None
+    """A folder or a tar with a folder of images for each class, as ImageNet's `val`: at each evaluation they are
+    classified, by ITC; with `eval_images` so many of them, evenly spread."""
+    templates: Path | None = None
+    """A file with a text a line that stands for a class, with {} for its name. Default: the name alone."""
 
 
 MAX_GRAPHS = 8

@@ -6,6 +6,7 @@ from typing import Any
 
 from mvlm.config.groups import (
     CaptureSettings,
+    ClassesSettings,
     ForgettingSettings,
     MuonSettings,
     ObjectiveSettings,
@@ -53,6 +54,7 @@ STARTS = {
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(
     CaptureSettings,
+    ClassesSettings,
     ForgettingSettings,
     WeightSettings,
     MuonSettings,
@@ -63,6 +65,10 @@ class PretrainConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.classes is not None and not self.eval_every_steps:
+            raise ConfigError("classes: wanted --eval-every-steps, at which they are classified, got none; give it")
+        if self.templates is not None and self.classes is None:
+            raise ConfigError("templates: wanted --classes, whose names they take, got none; give it")
         if self.capture != "none" and (self.accumulate > 1 or self.plan != "fast"):
             raise ConfigError(
                 f"capture: wanted --plan fast and --accumulate 1 with {self.capture}, got --plan {self.plan}, "

@@ -1,4 +1,4 @@
-"""Decisions that all ranks of a run make together: start, save, evaluate, stop, fail.
+"""Decisions that all ranks of a run make together: start, stop, fail.
 
 `Notices` are those of one rank to all others, which need no exchange: a failure, and a request to stop. A rank that
 fails takes part in no further exchange, and the others would wait for it. It leaves a notice in the store in which the
@@ -7,15 +7,16 @@ ranks found each other. Every rank reads the store on a connection of its own.
 
 import contextlib
 import os
+import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from mvlm.config.groups import RunConfig, of_recipe
@@ -60,16 +61,16 @@ NOTE: each rank derives from them alone at which step its next collective is. Ra
 """
 
 
-def check_ranks(
-    world: World, config: RunConfig, dataset: Dataset, validation: Dataset | None = None, also: Dataset | None = None
-) -> None:
-    """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end."""
+def check_ranks(world: World, config: RunConfig, dataset: Dataset, further: dict[str, Any]) -> None:
+    """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end.
+
+    `further` are data with a fingerprint, by their names in messages, or None.
+    """
     settings = config.to_dict()
     own = {f"model.{name}": value for name, value in settings.pop("model").items()}
     own |= {name: value for name, value in settings.items() if name in TOGETHER or of_recipe(name)}
     own |= {"out": str(config.out), "data": dataset.fingerprint}
-    for name, split in (("validation", validation), ("also_evaluate", also)):
-        own[name] = None if split is None else split.fingerprint
+    own |= {name: None if data is None else data.fingerprint for name, data in further.items()}
     # What "auto" stands for may differ from machine to machine.
     own["device in use"] = world.device.type
     own["precision in use"] = chosen_precision(world.device, config.precision)
@@ -98,6 +99,55 @@ def check_same(
                 )
 
     run_on_all_ranks(world, compare)
+
+
+SHARED_SECONDS = 30.0
+"""Longest time until a file of one node is seen on another one: network disks keep what they have read for a while."""
+
+
+def check_shared(world: World, folder: Path) -> None:
+    """Check that a folder is the same on all ranks. If not, rank 0 raises RunError and the others end.
+
+    Rank 0 writes an empty file with a random name in it, for which the others look.
+    """
+    if world.size == 1:
+        return
+    token = run_on_all_ranks(world, lambda: _leave_token(folder) if world.first else "")
+    name = world.gather_objects(token)[0]
+    missing = world.gather_objects(None if _appears(folder / name) else socket.gethostname())
+    if world.first:
+        (folder / name).unlink(missing_ok=True)
+    lost = [(rank, host) for rank, host in enumerate(missing) if host is not None]
+
+    def judge() -> None:
+        if lost:
+            rank, host = lost[0]
+            more = f", nor do {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise RunError(
+                f"{folder}: wanted a folder that all ranks share, found that rank {rank} on {host} does not see what "
+                f"rank 0 on {socket.gethostname()} writes there{more}; give an --out on a shared disk"
+            )
+
+    run_on_all_ranks(world, judge)
+
+
+def _leave_token(folder: Path) -> str:
+    name = f".shared-{secrets.token_hex(8)}"
+    (folder / name).touch(exist_ok=False)
+    return name
+
+
+def _appears(file: Path) -> bool:
+    """True if a file is there, or appears within `SHARED_SECONDS`."""
+    until = time.monotonic() + SHARED_SECONDS
+    while not file.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+        for place in (file.parent.parent, file.parent):  # a listing makes a network disk look again
+            with contextlib.suppress(OSError):
+                os.listdir(place)
+    return True
 
 
 @contextmanager
@@ -131,48 +181,6 @@ def is_lost_rank(error: RuntimeError) -> bool:
     NCCL and the store raise their own exception classes. Gloo raises RuntimeError, recognised by its message.
     """
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
-
-
-class StepDecisions:
-    """Requests to save, evaluate or stop. Any rank may make one; all ranks act on it after the same step.
-
-    Requests are all-reduced while the next step runs and take effect after it, so no step waits.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._sent: tuple[Tensor, dist.Work | None] | None = None
-        self._decided: list[bool] = []
-
-    def decide(self, *requests: bool) -> list[bool]:
-        """Send this rank's requests, and return those that any rank sent at the previous call.
-
-        A rank repeats a request in the call that grants it, before it can see the effect; the repetition is ignored.
-        With one rank, requests are granted at once.
-        """
-        if self._world.size == 1:
-            return list(requests)
-        before = self._sent
-        mine = torch.tensor(requests, dtype=torch.int32)
-        self._sent = (mine, self._world.start_all_reduce(mine, dist.ReduceOp.MAX))
-        if before is None:
-            return [False] * len(requests)
-        received = self._receive(before)
-        last = self._decided or [False] * len(received)
-        self._decided = [new and not old for new, old in zip(received, last, strict=True)]
-        return self._decided
-
-    def close(self) -> None:
-        """Wait for requests in flight. Call it before the process group is closed."""
-        if self._sent is not None:
-            self._receive(self._sent)
-
-    @staticmethod
-    def _receive(sent: "tuple[Tensor, dist.Work | None]") -> list[bool]:
-        values, work = sent
-        if work is not None:
-            work.wait()
-        return values.bool().tolist()
 
 
 POLL_SECONDS = 1.0

@@ -128,6 +128,7 @@ class _Passes:
         """Features of microbatch a, with a graph."""
         microbatch = self._microbatches[a]
         streams = self._step.implementation.encode(model, *microbatch, self._step.reads(model.config))
+        self._parallel.alone.stop()
         return Features(self._step, model, [microbatch], [streams])
 
     @torch.no_grad()
@@ -136,6 +137,7 @@ class _Passes:
         with self._autocast():
             reads = self._step.reads(model.config, self._step.of_batch)
             streams = self._step.implementation.encode(model, *self._microbatches[a], reads)
+        self._parallel.alone.stop()
         for x in _tensors(streams).values():
             x.requires_grad_()
         return streams._replace(caches=None, partner_caches=None)

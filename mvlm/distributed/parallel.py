@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from mvlm.distributed.stopwatch import Stopwatch
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.model.encoders import CrossBlock, ImageBlock, TextBlock
@@ -56,8 +57,10 @@ class Parallel:
     parameter. FSDP2 gathers parameters for each call, and reduces gradients after each backward pass.
     """
 
-    def __init__(self, model: Any, call: nn.Module, last: nn.Module) -> None:
+    def __init__(self, model: Any, call: nn.Module, last: nn.Module, device: torch.device) -> None:
         self.model, self._call, self._last = model, call, last
+        self.alone = Stopwatch(device)
+        """Time of a step before this rank waits for others."""
 
     def __call__(self, function: Callable[[Any], T], last: bool = True) -> T:
         return (self._last if last else self._call)(function)
@@ -83,11 +86,11 @@ def parallelize(
     """
     call = _Call(model)
     if world.size == 1:
-        return Parallel(model, call, call)
+        return Parallel(model, call, call, world.device)
     if kind == "ddp":
         devices = [world.device] if world.device.type == "cuda" else None
         last = DistributedDataParallel(call, device_ids=devices, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
-        return Parallel(model, call, last)
+        return Parallel(model, call, last, world.device)
     # Keys and values are views of one product. The warning is about in-place changes of such views; there are none.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     mesh = _mesh(world, nodes)
@@ -100,7 +103,7 @@ def parallelize(
             register_fsdp_forward_method(module, "keys_values")  # the fast implementation calls it on its own
     # Parameters outside the blocks, with the temperature and the embeddings, keep their dtype.
     fully_shard(call, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    return Parallel(model, call, call)
+    return Parallel(model, call, call, world.device)
 
 
 def _mesh(world: World, nodes: int | None) -> DeviceMesh:

@@ -44,10 +44,6 @@ class World:
             dist.all_reduce(tensor, op=op)
         return tensor
 
-    def start_all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> "dist.Work | None":
-        """Start an all-reduce in place. Call `wait()` on the result, None in a world of one, before a read."""
-        return dist.all_reduce(tensor, op=op, async_op=True) if self.size > 1 else None
-
     def gather_objects(self, value: Any, group: "dist.ProcessGroup | None" = None) -> list[Any]:
         """Return every rank's value, by rank, on every rank. Values are sent as JSON, so nothing is unpickled."""
         if self.size == 1:

@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mvlm.errors import RunError
+from mvlm.evaluation.classification import TOP
 from mvlm.evaluation.evaluate import describe_reading, describe_trivial_losses, figures_of, recall_rows
 from mvlm.objectives.pretraining import OBJECTIVES
 from mvlm.report.html import line_chart, series, table
@@ -206,4 +207,7 @@ def curves(
         charts.append(line_chart("validation masked L1", {"masked L1": series(rows, "masked_l1")}))
         for name in ("gain_text_nats", "gain_pixels_pct"):
             charts.append(line_chart(EVALUATION_CURVES[name], {"gain": series(rows, name)}, {"no gain": 0}))
+    if any("classes_top1" in row for row in rows):
+        found = {f"top-{k}": series(rows, f"classes_top{k}") for k in TOP}
+        charts.append(line_chart("zero-shot classification, %", found))
     return charts

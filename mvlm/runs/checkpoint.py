@@ -18,6 +18,7 @@ state, and `task_file`, the hash of the file of a user's own task.
 No pickle is written or read. A file that the manifest does not name is never opened.
 """
 
+import itertools
 import logging
 import os
 import re
@@ -171,6 +172,19 @@ def _read_manifest(manifest: Path) -> dict[str, str]:
         if name.startswith("/") or ".." in name.split("/"):
             raise RunError(f"{manifest}: wanted files of this folder, found {name!r}; use another checkpoint")
     return digests
+
+
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint that was not resumed, so that it no longer counts as one and no file of it is lost."""
+    try:
+        verify_checkpoint(path)
+    except (RunError, OSError):
+        suffix, what = "damaged", "damaged checkpoint"
+    else:  # its rows of metrics were missing
+        suffix, what = "ahead", "checkpoint ahead of the rows of metrics"
+    names = (path.with_suffix(f".{suffix}{number}") for number in itertools.count(1))
+    aside = path.rename(next(name for name in names if not name.exists()))
+    log.warning("the %s is now %s; remove it when you no longer need it", what, aside)
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], group: "dist.ProcessGroup | None") -> None:

@@ -1,6 +1,5 @@
 """Asynchronous checkpoints: a step waits for a copy in memory, and a thread writes the copy to the disk."""
 
-import itertools
 import logging
 import re
 import shutil
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mvlm.distributed.world import World
-from mvlm.errors import RunError
 from mvlm.files import sort_metadata, write_safetensors
 from mvlm.runs.checkpoint import (
     FORMAT_VERSION,
@@ -30,11 +28,12 @@ from mvlm.runs.checkpoint import (
     checkpoints,
     generator_states,
     rank_file,
+    set_aside,
     step_of,
-    verify_checkpoint,
     write_tensors,
 )
 from mvlm.runs.history import History
+from mvlm.runs.mirror import Mirror
 from mvlm_dataloading import Tokenizer
 from mvlm_dataloading.files import place_folder, sha256, sync, write_json
 
@@ -73,6 +72,10 @@ class CheckpointWriter:
         """The newest checkpoint that was finished."""
         self.failed = 0
         """Number of saves that failed."""
+        self.mirror: Mirror | None = None
+        """Copies of the checkpoints in an object store, if rank 0 makes some."""
+        self.finished: Callable[[Path], object] = lambda checkpoint: None
+        """Called with each finished checkpoint, in the thread that wrote it."""
 
     def resume_from(self, checkpoint: Path) -> None:
         """Register the checkpoint that the run continues from.
@@ -180,6 +183,9 @@ class CheckpointWriter:
         else:
             if contents.is_checkpoint:
                 self.newest = final
+                if self.mirror is not None:
+                    self.mirror.add(final)
+                self.finished(final)
 
     def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """Do `work` on every rank. Returns all results by rank; SaveError on all ranks if it failed on one."""
@@ -262,7 +268,7 @@ class CheckpointWriter:
         for rest in self._root.glob("step_*.tmp"):  # left by a save that was killed
             if re.fullmatch(r"step_\d{8,}\.tmp", rest.name):
                 shutil.rmtree(rest, ignore_errors=True)
-        remove_old_checkpoints(self._root, self._keep)
+        remove_old_checkpoints(self._root, self._keep, None if self.mirror is None else self.mirror.copying)
 
 
 @dataclass(frozen=True)
@@ -286,26 +292,15 @@ class _Contents:
         return self.tokenizer is not None
 
 
-def set_aside(path: Path) -> None:
-    """Rename a checkpoint that was not resumed, so that it no longer counts as one and no file of it is lost."""
-    try:
-        verify_checkpoint(path)
-    except (RunError, OSError):
-        suffix, what = "damaged", "damaged checkpoint"
-    else:  # its rows of metrics were missing
-        suffix, what = "ahead", "checkpoint ahead of the rows of metrics"
-    names = (path.with_suffix(f".{suffix}{number}") for number in itertools.count(1))
-    aside = path.rename(next(name for name in names if not name.exists()))
-    log.warning("the %s is now %s; remove it when you no longer need it", what, aside)
-
-
-def remove_old_checkpoints(root: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints, 0 for all; remove the others.
+def remove_old_checkpoints(root: Path, keep: int, spared: Path | None = None) -> None:
+    """Keep the newest `keep` checkpoints, 0 for all, and `spared`; remove the others.
 
     A checkpoint is renamed before it is removed, so a kill never leaves a partial folder under a checkpoint's name. A
     folder that cannot be removed causes a warning.
     """
     for path in checkpoints(root)[:-keep] if keep else ():
+        if path == spared:
+            continue
         try:
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))
         except OSError as error:

@@ -41,6 +41,8 @@ class RunFolder:
         """Folder of the features of an evaluation during training, while it lasts."""
         self.failed_step = path / "failed_step"
         """The first step whose loss or gradient was not finite, to be repeated (`mvlm.training.failed_step`)."""
+        self.restored = path / ".restored"
+        """Folder of a checkpoint while it is read back from an object store."""
         self.strips = path / "strips"
         """Folder of reconstruction strips."""
         self.tensorboard = path / "tensorboard"
@@ -108,7 +110,7 @@ def check_usable(out: Path) -> None:
     if out.is_dir():
         check_run_folder(out)
     # A service such as W&B starts before config.json is written, and leaves its files if the run then cannot start.
-    ours = (aside_of(folder.config), folder.lock, out / "wandb")
+    ours = (aside_of(folder.config), folder.lock, folder.restored, out / "wandb")
     if out.is_dir() and not folder.config.is_file() and any(path not in ours for path in out.iterdir()):
         raise RunError(f"{out}: wanted an empty folder or a run, found other files; choose another --out")
 

@@ -17,6 +17,7 @@ from mvlm.config.finetune import FinetuneConfig
 from mvlm.device import autocast
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import Parallel
+from mvlm.distributed.stopwatch import Stopwatch
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.evaluation.retrieval import encode_split, rank_all, recall
@@ -43,6 +44,10 @@ class _Network:
     @property
     def model(self) -> MaskVLM:
         return self.task.model.model
+
+    @property
+    def alone(self) -> Stopwatch:
+        return self.task.alone
 
     def __call__(self, function: Callable[[Any], T], last: bool = True) -> T:
         return self.task(lambda task: function(task.model), last)

@@ -188,6 +188,7 @@ class Task(nn.Module):
                     return task.losses_of_step(batch, masks, own, implementation)
 
             losses = parallel(forward, last=place == number - 1)
+            parallel.alone.stop()
             # All microbatches have as many samples, so the loss is the mean of theirs, and DDP averages over ranks.
             (losses.total / number).backward()
             counted = torch.full_like(losses.accuracy, losses.counted)

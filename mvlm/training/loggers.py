@@ -1,6 +1,7 @@
 """Sinks for metrics and images: metrics.jsonl, TensorBoard, Weights & Biases, trackio."""
 
 import logging
+import re
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from mvlm.runs.folder import MetricsFile, RunFolder
 from mvlm.untrusted import run_errors
 from mvlm_dataloading.files import make_folder, replaced, write_file
 from mvlm_dataloading.untrusted import read_regular
+from mvlm_dataloading.urls import shown
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class LogSinks:
     def __init__(self, config: RunConfig, step: int) -> None:
         self._services: dict[str, Any] = {name: import_module(name) for name in config.log_to}
         folder = RunFolder(config.out)
+        self._out, self._artefacts = folder.path, config.artefacts
         self._strips = folder.strips
         self._metrics = MetricsFile(folder.metrics, step)
         with run_errors():  # of a folder that came from others
@@ -67,6 +70,15 @@ class LogSinks:
 
         self._try("strips", save)
         self._try_board(lambda board: board.add_image("reconstruction", image, step, dataformats="HWC"))
+
+    def log_checkpoint(self, checkpoint: Path, alias: str) -> None:
+        """Upload a finished checkpoint to W&B, with --artefacts, as the best or the last one, on any thread.
+
+        It may be removed afterwards: W&B has its own copy until it is uploaded.
+        """
+        if self._artefacts:
+            arguments = (f"{self._out.name}-checkpoint", "model", checkpoint, alias, checkpoint.name)
+            self._try("an artefact of wandb", lambda: _log_artefact(*arguments), Exception)
 
     def __enter__(self) -> "LogSinks":
         return self
@@ -114,7 +126,7 @@ def start_services(config: RunConfig) -> None:
         extra: dict[str, Any] = {"resume": "allow" if resumes else "never"}  # by the name, which a new run may share
         try:
             if name == "wandb":
-                extra = {"dir": str(config.out), "id": _wandb_id(config.out), "resume": "allow"}
+                extra = _in_wandb(config.out)
             service = import_module(name)
             service.init(project="mvlm", name=config.out.name, config=config.to_dict(), **extra)
             started.append(service)
@@ -123,6 +135,33 @@ def start_services(config: RunConfig) -> None:
                 with suppress(Exception):  # the first error is the one to tell
                     service.finish()
             raise ConfigError(f"--log-to {name}: could not start a run: {error!r}; leave it out") from error
+
+
+def upload_report(out: Path, page: Path) -> None:
+    """Upload the page of `mvlm report` to the W&B run of a run folder. ConfigError if that fails."""
+    try:
+        service = import_module("wandb")
+        service.init(project="mvlm", name=out.name, **_in_wandb(out))
+        _log_artefact(f"{out.name}-report", "report", page)
+        service.finish()
+    except Exception as error:  # its errors have no common base class
+        raise ConfigError(
+            f"--upload: wanted to upload {page} to W&B, could not: {shown(repr(error))}; check the package and `wandb "
+            f"login`, or leave it out"
+        ) from None
+
+
+def _log_artefact(name: str, kind: str, path: Path, *aliases: str) -> None:
+    """Upload a file or folder to the W&B run that has been started, under a name and aliases."""
+    service = import_module("wandb")
+    artefact = service.Artifact(re.sub(r"[^\w.-]", "_", name), type=kind)
+    (artefact.add_dir if path.is_dir() else artefact.add_file)(str(path))
+    service.log_artifact(artefact, aliases=[*aliases, "latest"])
+
+
+def _in_wandb(out: Path) -> dict[str, Any]:
+    """Arguments of W&B's `init` for the run of a run folder."""
+    return {"dir": str(out), "id": _wandb_id(out), "resume": "allow"}
 
 
 def _wandb_id(out: Path) -> str:

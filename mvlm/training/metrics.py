@@ -7,13 +7,13 @@ In a row, `skipped` counts undecodable images and `bad_steps` counts skipped upd
 
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -26,6 +26,7 @@ from mvlm.errors import NonFiniteLossError
 from mvlm.objectives.pretraining import OBJECTIVES
 from mvlm.progress import TrainingProgress
 from mvlm.training.optimizer import learning_rate_factor
+from mvlm.training.rank_figures import RankFigures
 
 
 class MetricsBuffer:
@@ -33,6 +34,7 @@ class MetricsBuffer:
 
     def __init__(self) -> None:
         self._names: list[str] = []
+        self._ranks = 0
         self._rows: list[Tensor] = []
         self._sent: HostNumbers | None = None
         self.steps: list[int] = []
@@ -41,12 +43,23 @@ class MetricsBuffer:
         self.tokens = 0
         """Tokens of all captions of this rank's batches."""
         self.waited = 0.0
-        """Seconds that the steps waited for data."""
+        """Seconds that the steps of this rank waited for data."""
 
-    def add(self, step: int, samples: list[int], tokens: int, values: dict[str, Tensor], waited: float) -> None:
-        """Add the scalars of one step. All steps of a row have the same names."""
+    def add(
+        self,
+        step: int,
+        samples: list[int],
+        tokens: int,
+        values: dict[str, Tensor],
+        waited: float,
+        ranks: Tensor | None = None,
+    ) -> None:
+        """Add the scalars of one step, and figures of all ranks (W, F). All steps of a row have the same names."""
         self._names = list(values)
-        self._rows.append(torch.stack([value.detach().float() for value in values.values()]))
+        row = torch.stack([value.detach().float() for value in values.values()])
+        if ranks is not None:
+            self._ranks, row = len(ranks), torch.cat([row, ranks.flatten()])
+        self._rows.append(row)
         self._sent = None
         self.steps.append(step)
         self.samples.append(samples)
@@ -55,25 +68,31 @@ class MetricsBuffer:
 
     def send(self) -> None:
         """Start the transfer to the host. It is queued after the device's current work."""
-        self._sent = HostNumbers(torch.stack(self._rows))  # (steps, names)
+        self._sent = HostNumbers(torch.stack(self._rows))  # (steps, names and figures of ranks)
 
     def read(self) -> list[dict[str, float]]:
         """Return the scalars of each step. Waits for the device if the transfer has not finished."""
+        return [dict(zip(self._names, row[: len(self._names)], strict=True)) for row in self._numbers()]
+
+    def read_ranks(self) -> list[list[list[float]]]:
+        """Return the figures of each rank at each step; empty in a world of one. Waits like `read`."""
+        if not self._ranks:
+            return []
+        found = torch.tensor(self._numbers())[:, len(self._names) :]  # (steps, W F)
+        return found.unflatten(1, (self._ranks, -1)).tolist()
+
+    def _numbers(self) -> list[list[float]]:
         if not self._rows:
             return []
         if self._sent is None:
             self.send()
         assert self._sent is not None
-        return [dict(zip(self._names, row, strict=True)) for row in self._sent.read()]
+        return self._sent.read()
 
 
-def finite_on_all_ranks(world: World, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-    """Decide on an update from scalars on the device: bool (), True = make it, as both are finite. No sync.
-
-    All ranks decide alike.
-    """
-    good = torch.isfinite(loss) & torch.isfinite(gradient_norm)
-    return world.all_reduce((~good).float(), dist.ReduceOp.MAX) == 0
+def finite_update(loss: Tensor, gradient_norm: Tensor) -> Tensor:
+    """Judge an update from scalars on the device: bool (), True = both are finite. No sync."""
+    return torch.isfinite(loss) & torch.isfinite(gradient_norm)
 
 
 class SkippedUpdates:
@@ -197,6 +216,8 @@ class MetricsLogger:
     ) -> None:
         self._config, self._world, self._check, self._log = config, world, check, log
         self._mfu = ModelFlopsUtilization(config, world)
+        hosts = world.gather_objects(socket.gethostname())
+        self._ranks = RankFigures(hosts) if world.first and world.size > 1 else None
         self._pending: tuple[dict[str, Any], MetricsBuffer, dict[str, float]] | None = None
         self._row_started = time.perf_counter()
         self._clock_zero = self._row_started - seconds
@@ -244,7 +265,9 @@ class MetricsLogger:
         step = buffer.steps[-1]
         row = {"step": step, "pairs_seen": step * self._config.batch_size, "loss": values.pop("total")}
         del values["good"]
-        row |= {**values, **host, "bad_steps": skipped_updates, **found}
+        step_s = self._config.batch_size / host["pairs_per_s"]
+        of_ranks = {} if self._ranks is None else self._ranks.fields(buffer.read_ranks(), step_s)
+        row |= {**values, **host, **of_ranks, "bad_steps": skipped_updates, **found}
         if self._log is not None:
             self._log(row)
         progress.show(row, [objective.name for objective in OBJECTIVES])

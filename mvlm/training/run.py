@@ -22,10 +22,11 @@ from mvlm.config.groups import RunConfig, way_of
 from mvlm.config.json_files import read_config
 from mvlm.config.pretrain import STARTS, PretrainConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
-from mvlm.distributed.coordination import check_ranks, naming_lost_ranks, run_on_all_ranks
+from mvlm.distributed.coordination import check_ranks, check_shared, naming_lost_ranks, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
+from mvlm.evaluation.class_images import open_classes
 from mvlm.model.adaptation import adapt
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
@@ -35,6 +36,7 @@ from mvlm.progress import format_duration
 from mvlm.runs.folder import RunFolder, RunLock, write_config
 from mvlm.runs.history import History, changed_ways, starts_of
 from mvlm.runs.load import identify
+from mvlm.runs.mirror import Mirror, open_mirror
 from mvlm.runs.resume import open_run
 from mvlm.training.cuda_graphs import check_graphs
 from mvlm.training.extension import extended
@@ -83,13 +85,14 @@ def do_run(
     kernels = deterministic_kernels(world.device) if config.deterministic else nullcontext()
     with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
         first_step = trainer.step
-        if not trainer.complete:
-            if isinstance(trainer.config, PretrainConfig):
-                compile_kernels(trainer.config, world)
-            record_start(trainer)
-            advice = "Continue from the last checkpoint with --resume"
-            with naming_lost_ranks(world, trainer.notices.failure, advice):
-                trainer.train()
+        with trainer.writer.mirror or nullcontext():
+            if not trainer.complete:
+                if isinstance(trainer.config, PretrainConfig):
+                    compile_kernels(trainer.config, world)
+                record_start(trainer)
+                advice = "Continue from the last checkpoint with --resume"
+                with naming_lost_ranks(world, trainer.notices.failure, advice):
+                    trainer.train()
         if trainer.complete and world.first:
             _log_end(trainer, trainer.step - first_step, time.monotonic() - began, say_next)
         reason = trainer.stop.reason
@@ -130,13 +133,17 @@ def build_run(
         open_inputs: opens and checks what the run reads, on all ranks together.
         build_trainer: builds the trainer from it, on a rank, at a checkpoint ("" for the first step).
     """
+    copied, place = config.mirror is not None and world.first, config.mirror or Path()
+    store = run_on_all_ranks(world, lambda: open_mirror(place, config.out, config.resume) if copied else None)
     ends = run_on_all_ranks(world, lambda: extended(config) if world.first else config)
     max_steps, extensions = world.gather_objects([ends.max_steps, list(ends.extensions)])[0]
     config = replace(config, max_steps=max_steps, extensions=tuple(extensions))
     inputs = open_inputs(config, world)
-    check_ranks(world, inputs.config, inputs.dataset, inputs.validation, inputs.also_evaluated)
+    read = {"validation": inputs.validation, "also_evaluate": inputs.also_evaluated, "classes": inputs.classes}
+    check_ranks(world, inputs.config, inputs.dataset, read)
     # Rank 0 locks the folder and verifies the checkpoints, for all ranks.
     with run_on_all_ranks(world, lambda: RunLock(config.out) if world.first else nullcontext()):
+        check_shared(world, config.out)
         found = run_on_all_ranks(world, lambda: str(open_run(inputs.config) or "") if world.first else "")
         checkpoint = world.gather_objects(found)[0]
         trainer = run_on_all_ranks(world, lambda: build_trainer(inputs, world, checkpoint))
@@ -144,6 +151,10 @@ def build_run(
             run_on_all_ranks(world, lambda: start_services(inputs.config) if world.first else None)
         # Last, so that a run that cannot be built leaves no config.json, which would claim the folder.
         run_on_all_ranks(world, lambda: write_config(inputs.config) if world.first else None)
+        if store is not None:
+            trainer.writer.mirror = Mirror(store, RunFolder(config.out), config.keep_checkpoints)
+            if trainer.writer.newest is not None:
+                trainer.writer.mirror.add(trainer.writer.newest)
         yield trainer
 
 
@@ -201,7 +212,9 @@ def _checked_inputs(
     if not RunFolder(config.out).config.exists():
         check_settings(config, dataset)
     also = None if config.also_evaluate is None else open_dataset(config.also_evaluate, "validation")
-    return RunInputs(config, dataset, validation, tokenizer, also)
+    classes = None if config.classes is None else open_classes(config.classes, config.templates)
+    classes = None if classes is None else classes.spread(config.eval_images)
+    return RunInputs(config, dataset, validation, tokenizer, also, classes)
 
 
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:

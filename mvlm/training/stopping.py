@@ -32,7 +32,7 @@ class StopRequest:
     """Context in which SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or a file requests the end of the run.
 
     After a request, the training loop finishes the step and saves. With several ranks it makes one more step first,
-    because requests take effect one step later (`StepDecisions`). After the first signal SIGINT has its usual effect
+    because requests take effect one step later (`StepExchange`). After the first signal SIGINT has its usual effect
     again, and after three more seconds SIGTERM, so that one more of them ends the process at once; SIGUSR1 never does.
     The context restores the previous handlers on exit.
 

@@ -17,11 +17,14 @@ from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
 from mvlm.distributed.collectives import HostNumbers
-from mvlm.distributed.coordination import Notices, StepDecisions, run_on_all_ranks
+from mvlm.distributed.coordination import Notices, run_on_all_ranks
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import Parallel, unsharded_copy
+from mvlm.distributed.step_exchange import StepExchange
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
+from mvlm.evaluation.class_images import ClassImages
+from mvlm.evaluation.classification import classify_briefly
 from mvlm.evaluation.evaluate import evaluate_briefly
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.files import check_finite
@@ -44,6 +47,7 @@ from mvlm.runs.checkpoint import (
     read_state,
     read_tensors,
     set_generators,
+    step_of,
 )
 from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import RunFolder
@@ -56,7 +60,7 @@ from mvlm.training.metrics import (
     MetricsBuffer,
     MetricsLogger,
     SkippedUpdates,
-    finite_on_all_ranks,
+    finite_update,
     full_tensor,
     gradient_norms,
 )
@@ -84,6 +88,8 @@ class RunInputs(NamedTuple):
     tokenizer: Tokenizer
     also_evaluated: Dataset | None = None
     """Validation split of `also_evaluate`, if pretraining has one."""
+    classes: ClassImages | None = None
+    """Images of classes, if pretraining classifies some at its evaluations."""
 
 
 class Trainer:
@@ -105,7 +111,7 @@ class Trainer:
         initial_model: dict[str, str] | None = None,
         keep_start: KeepStart | None = None,
     ) -> None:
-        config, _, self.validation, self.tokenizer, self.also_evaluated = inputs
+        config, _, self.validation, self.tokenizer, self.also_evaluated, self.classes = inputs
         self.config, self.world, self.parallel, self.optimizer = config, world, parallel, optimizer
         self.model: Any = parallel.model
         """The model; in fine-tuning, the task around it."""
@@ -116,11 +122,14 @@ class Trainer:
         folder = RunFolder(config.out)
         self.writer = CheckpointWriter(folder.checkpoints, world, config.keep_checkpoints, History(folder))
         self.stop, self.notices = StopRequest(config.preemption_file), Notices(world)
+        self.exchange = StepExchange(world, requests=2)
         self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes, self.notices.failure)
         self.metrics = MetricsBuffer()
         """Metrics of the steps since the last row."""
         self.failed_step: FailedStep | None = None
         """Keeper of the first step of pretraining that is not finite, while `train` runs; None once it has one."""
+        self.saved_at = math.inf
+        """Time of the last save, or of the start of training."""
         self.step = 0
         """Number of updates made or skipped."""
         self.best: dict[str, float] | None = None
@@ -156,15 +165,16 @@ class Trainer:
         log_row, seconds = (None, 0.0) if sinks is None else (sinks.log, sinks.seconds)
         logger = MetricsLogger(config, world, self.check_skipped_updates, log_row, seconds)
         batches = iter(self.loader)
-        decisions = StepDecisions(world)
+        if sinks is not None:
+            self.writer.finished = partial(self.log_if_best, sinks)
         self.failed_step = self.new_failed_step()
-        saved_at = time.monotonic()
+        self.saved_at = time.monotonic()
         with (
             sinks or nullcontext(),
             closing(self.loader),
             self.writer,
             self.watchdog,
-            self.stop as stop,
+            self.stop,
             self.notices,
             TrainingProgress(self.step, config.max_steps, shown=world.first) as progress,
         ):
@@ -173,13 +183,12 @@ class Trainer:
                 self.one_step(batches)
                 # The previous row. Its numbers arrived while this step was being queued, so nothing waits here.
                 logger.write_row(progress)
-                now = time.monotonic()
-                late = not config.checkpoint_every_steps and now - saved_at >= CHECKPOINT_SECONDS
-                save, end = decisions.decide(late, stop.requested())
+                save, end = self.exchange.granted(self.requests())
                 # Clocks and signals differ between ranks, so these are decided together. Steps (`due`) are the same.
                 if self.validation is not None and self.due(config.eval_every_steps):
                     found = self.evaluate(self.validation, sinks)
                     figures, end = figures | found, end or not found
+                    save |= config.artefacts and self.is_best()
                 figures |= self.also_evaluate()
                 if figures or self.due(config.log_every) or end or self.complete:
                     closed, self.metrics = self.metrics, MetricsBuffer()
@@ -189,25 +198,42 @@ class Trainer:
                     # Rows first: a resume drops the rows after its checkpoint, and never misses one before it.
                     logger.write_row(progress)
                     self.save()
-                    saved_at = time.monotonic()
+                    self.saved_at = time.monotonic()
                 if end:
                     break
             self.watchdog.beat("the last checkpoint")
-            decisions.close()
             self.writer.wait()
             if self.writer.newest != self.writer.path(self.step):
                 raise RunError(
                     f"{self.writer.path(self.step)}: could not be written (the reason is above), and the run ends "
                     f"here; older checkpoints are unchanged: remove the cause and continue with --resume"
                 )
+            if sinks is not None:
+                sinks.log_checkpoint(self.writer.path(self.step), "last")
             if not self.complete:
                 log.info(
-                    "stopped by %s at step %d; saved: continue with --resume", stop.reason or "another rank", self.step
+                    "stopped by %s at step %d; saved: continue with --resume",
+                    self.stop.reason or "another rank",
+                    self.step,
                 )
+
+    def is_best(self) -> bool:
+        """True if the evaluation of this step was the best so far. Rank 0 decides for all."""
+        return self.world.gather_objects(self.best is not None and self.best["step"] == self.step)[0]
+
+    def log_if_best(self, sinks: LogSinks, checkpoint: Path) -> None:
+        """Log the finished checkpoint of the best evaluation, if it is that."""
+        if self.best is not None and step_of(checkpoint) == self.best["step"]:
+            sinks.log_checkpoint(checkpoint, "best")
 
     def due(self, every: int) -> bool:
         """True if this step is a multiple of `every`; never for 0."""
         return every > 0 and self.step % every == 0
+
+    def requests(self) -> tuple[bool, bool]:
+        """Requests of this rank, True or False: a checkpoint, as the last one is old; the end of the run."""
+        now, by_time = time.monotonic(), not self.config.checkpoint_every_steps
+        return by_time and now - self.saved_at >= CHECKPOINT_SECONDS, self.stop.requested()
 
     def one_step(self, batches: Iterator[tuple[Batch, Masks]]) -> None:
         """Make one update, or skip it if its loss or its gradient is not finite.
@@ -234,9 +260,11 @@ class Trainer:
         # In compiled code and in CUDA graphs a Python number is a constant.
         step: Any = torch.full((), self.step, device=self.device) if self.config.fixed_shapes else self.step
         generators = None if self.failed_step is None else generator_states(self.device)
+        self.parallel.alone.start()
         losses = self.backward(microbatches, step)
+        figures = waited, self.parallel.alone.seconds(), self.loader.skipped
         self.write_failed_step()  # of the step before, while this one's gradients are computed
-        further = self.update(losses)
+        further, ranks = self.update(losses, figures)
         if self.failed_step is not None and generators is not None:
             values = losses | {name: value for name, value in further.items() if name.startswith("grad_norm")}
             good = HostNumbers(further["good"])
@@ -244,7 +272,7 @@ class Trainer:
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
-        self.metrics.add(self.step, samples, tokens, {**losses, **further}, waited)
+        self.metrics.add(self.step, samples, tokens, {**losses, **further}, waited, ranks)
 
     def new_failed_step(self) -> FailedStep | None:
         """Keeper of the first step that is not finite; None if the run has such a step, or wants to keep none."""
@@ -265,17 +293,21 @@ class Trainer:
         model, optimizer = self.model, self.optimizer
         keeper.write(made, self.config, self.world, model, optimizer, self.keep_start, samples, self.writer)
 
-    def update(self, losses: Losses) -> dict[str, Tensor]:
-        """Clip the gradients and make the update, if it is finite on all ranks. Returns further metrics of the step."""
+    def update(self, losses: Losses, figures: tuple[float, ...]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Clip the gradients and make the update, if it is finite on all ranks.
+
+        `figures` are this rank's of the step (`mvlm.training.rank_figures`). Returns further metrics, and the figures
+        of all ranks, on several.
+        """
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
-        good = finite_on_all_ranks(self.world, losses.total.detach(), norm)
+        good, ranks = self.exchange.send(finite_update(losses.total.detach(), norm), self.requests(), figures)
         # The fused optimizer reads this flag on the device. An `if` here would make the host wait for the step.
         self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         values = {"grad_norm": norm, "good": good} | {f"grad_norm_{name}": value for name, value in parts.items()}
-        return values | self.after_update()
+        return values | self.after_update(), ranks
 
     def forward_backward(self, microbatches: list[tuple[Batch, Masks]], step: int | Tensor) -> Losses:
         """Compute the losses of the global batch, scalars without gradient, and the gradients of their total.
@@ -332,7 +364,9 @@ class Trainer:
         model = unsharded_copy(self.model, self.new_model)
         figures = {}  # stays empty if a rank is to stop
         with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
-            figures = evaluate_briefly(model, validation, self.tokenizer, self.config.precision, workspace)
+            common = self.tokenizer, self.config.precision, workspace
+            found = evaluate_briefly(model, validation, *common)
+            figures = found | ({} if self.classes is None else classify_briefly(model, self.classes, *common))
         if not figures:
             return {}, math.nan
         image = reconstruction_strip(model, validation, self.tokenizer, self.config.precision)

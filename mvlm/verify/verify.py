@@ -43,6 +43,7 @@ from mvlm.runs.history import START, prefix_hash, read_history
 from mvlm.runs.load import load_without_head
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger
 from mvlm.training.own_code import with_named
+from mvlm.training.rank_figures import FIELDS
 from mvlm.training.run import build_trainer, open_inputs
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import DataError, Dataset, open_dataset
@@ -54,7 +55,7 @@ from mvlm_dataloading.tools.reindex import lists_samples_of
 log = logging.getLogger(__name__)
 ALIKE = ("device", "processor", "instructions", "ranks")
 """Fields in which two machines have to be equal to give the same bits. Threads are set as the run had them."""
-MEASURED = {"pairs_per_s", "data_wait_s", "seconds", "memory_mb", "mfu"}
+MEASURED = {"pairs_per_s", "data_wait_s", "seconds", "memory_mb", "mfu", *FIELDS}
 """Fields of a row of metrics that no two runs share."""
 
 

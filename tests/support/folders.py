@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from mvlm.runs.folder import RunFolder, read_metrics
+from mvlm.training.rank_figures import FIELDS
 
 LOSSES = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
 
@@ -55,5 +56,5 @@ def losses_of(run: Path) -> list[dict[str, float]]:
 
 def reproducible_rows(run: Path) -> list[dict[str, Any]]:
     """Rows of a run's metrics without rates, times and memory, which no two runs share."""
-    passing = ("pairs_per_s", "data_wait_s", "seconds", "memory_mb", "mfu")
+    passing = ("pairs_per_s", "data_wait_s", "seconds", "memory_mb", "mfu", *FIELDS)
     return [{name: value for name, value in row.items() if name not in passing} for row in rows_of(run)]

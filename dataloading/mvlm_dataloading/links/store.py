@@ -356,7 +356,7 @@ def _read_local(file: LinkedFile, begin: int, end: int) -> bytes:
 @cache
 def _bucket_reader(scheme: str, bucket: str, process: int) -> _Reader:
     obstore, classes = need("obstore", "remote"), need("obstore.store", "remote")
-    settings = _s3_settings() if scheme == "s3" else _gs_settings()
+    settings = s3_settings() if scheme == "s3" else _gs_settings()
     client: dict[str, Any] = {
         "connect_timeout": f"{SILENCE_S}s",
         "read_timeout": f"{SILENCE_S}s",
@@ -390,7 +390,7 @@ def _bucket_reader(scheme: str, bucket: str, process: int) -> _Reader:
     return _Reader(stat, read, names)
 
 
-def _s3_settings() -> dict[str, Any]:
+def s3_settings() -> dict[str, Any]:
     """Endpoint, region and credentials: fsspec's configuration first, then botocore's chain; anonymous without any."""
     given = dict(need("fsspec.config").conf.get("s3", {}))
     client = dict(given.get("client_kwargs") or {})

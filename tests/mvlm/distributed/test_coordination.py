@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mvlm.distributed import coordination
-from mvlm.distributed.coordination import Notices, StepDecisions, check_ranks, run_on_all_ranks
+from mvlm.distributed.coordination import Notices, check_ranks, run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm_dataloading import open_dataset
@@ -47,10 +47,6 @@ class Rank:
     def gather_objects(self, value: Any, group: Any = None) -> list[Any]:
         self._number += 1
         return self._meeting.exchange(self._number, self.rank, value)
-
-    def start_all_reduce(self, tensor: torch.Tensor, op: Any) -> None:
-        largest = torch.stack(self.gather_objects(tensor.clone())).amax(0)
-        tensor.copy_(largest)
 
 
 def on_two_ranks(work: Callable[[Any], Any]) -> list[Any]:
@@ -109,8 +105,8 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, monkeyp
         out = tmp_path / ("there" if changed == "out" else "run")
         data = {split: other if changed == split else scenes for split in ("data", "validation")}
         config = pretrain_config(scenes, out, precision="auto", **settings)
-        splits = open_dataset(data["data"], "train"), open_dataset(data["validation"], "validation")
-        return check_ranks(world, config, *splits)
+        further = {"validation": open_dataset(data["validation"], "validation"), "classes": None}
+        return check_ranks(world, config, open_dataset(data["data"], "train"), further)
 
     if what == "precision in use":  # the machine of one rank computes bf16 in hardware
         machines = iter(("bf16", "fp32"))
@@ -122,21 +118,6 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, monkeyp
     assert isinstance(first, RunError)
     assert isinstance(second, SystemExit)
     assert f"{what}: rank 0 has " in str(first)
-
-
-def test_request_of_one_rank_is_granted_once_to_all_after_the_next_step():
-    """Rank 1 requests at steps 2 and 3, because its request has no effect yet at 3."""
-
-    def work(world):
-        decisions = StepDecisions(world)
-        granted = [decisions.decide(world.rank == 1 and step in (2, 3), False) for step in range(1, 7)]
-        decisions.close()
-        return granted
-
-    first, second = on_two_ranks(work)
-    assert first == second
-    assert [row[0] for row in first] == [False, False, True, False, False, False]
-    assert not any(row[1] for row in first)
 
 
 @pytest.fixture

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from mvlm.device import autocast
+from mvlm.distributed import coordination
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import named_blocks, parallelize
 from mvlm.distributed.world import join_ranks
+from mvlm.errors import RunError
 from mvlm.tasks.load import load_model
 from mvlm.training.run import pretrain
-from support.faults.forks import ended_well, in_ranks
+from support.faults.forks import ended_well, in_ranks, wait
 from support.folders import LOSSES, rows_of
 from support.models import micro_batch, micro_config, micro_model, pretrain_config
 from support.towers import tower_config
@@ -115,3 +117,35 @@ def test_fsdp_gathers_in_bf16_and_keeps_weights_and_gradients_in_fp32():
         world.close()
 
     assert [ended_well(pid) for pid in in_ranks(work, 2)] == [True] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_run_folder_that_ranks_do_not_share_ends_all_at_once(scenes, tmp_path, monkeypatch, shared):
+    """Each rank works in a folder of its own, as on nodes with disks of their own. The folder may appear late."""
+    monkeypatch.setattr(coordination, "SHARED_SECONDS", 10.0 if shared else 0.3)
+    config = pretrain_config(scenes, Path("run"), max_steps=1)
+
+    def work() -> int:
+        place = tmp_path / ("0" if shared else os.environ["RANK"])
+        place.mkdir(exist_ok=True)
+        os.chdir(place)
+        try:
+            pretrain(config)
+        except (RunError, SystemExit) as error:
+            print(f"found: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    log = tmp_path / "log"
+    codes = [wait(pid) for pid in in_ranks(work, 2, log)]
+    found = [line for line in log.read_text().splitlines() if line.startswith("found: ")]
+    if shared:
+        assert codes == [0, 0], found
+        assert not list(tmp_path.glob("0/run/.shared-*"))
+        return
+    assert codes == [2, 2]
+    (line,) = [line for line in found if line != "found: 2"]
+    assert line.startswith("found: run: wanted a folder that all ranks share")
+    assert "rank 1" in line
+    assert not list(tmp_path.glob("*/run"))

@@ -172,6 +172,15 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_is_being_copied_is_kept(tmp_path):
+    for step in range(1, 5):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    remove_old_checkpoints(tmp_path, 1, tmp_path / "step_00000002")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000002", "step_00000004"]
+    remove_old_checkpoints(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+
+
 @pytest.mark.parametrize("keep, kept", [(1, [13]), (2, [10, 13])])
 def test_damaged_checkpoint_is_renamed_and_not_counted(save, tmp_path, caplog, keep, kept):
     """The run continues from 10, as 12 and 20 are damaged. No save removes a good checkpoint for them or loses one."""

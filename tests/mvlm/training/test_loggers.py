@@ -3,16 +3,20 @@
 import json
 import sys
 import threading
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError
-from mvlm.training.loggers import LogSinks, start_services
+from mvlm.progress import TrainingProgress
+from mvlm.runs.checkpoint import verify_checkpoint
+from mvlm.training.loggers import LogSinks, start_services, upload_report
 from mvlm.training.run import pretrain
+from mvlm.training.trainer import Trainer
 from support.folders import rows_of
 from support.models import pretrain_config
 
@@ -115,3 +119,79 @@ def test_full_disk_is_one_warning_a_sink_and_rows_continue(tmp_path, caplog, fil
     assert len(steps) < 42
     assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [path.name for path in (tmp_path / "strips").iterdir()] == ["step_00000044.png"]
+
+
+class Artefact:
+    """W&B's Artifact, which takes a whole checkpoint."""
+
+    def __init__(self, name: str, type: str) -> None:
+        self.name, self.type, self.path = name, type, ""
+
+    def add_dir(self, path: str) -> None:
+        verify_checkpoint(Path(path))
+        self.path = path
+
+    def add_file(self, path: str) -> None:
+        self.path = path
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> list[tuple[str, str, str, list[str]]]:
+    """Artefacts that a stand-in for W&B has got: name, type, file and aliases of each."""
+    got = []
+    service = ModuleType("wandb")
+    service.__spec__ = ModuleSpec("wandb", None)
+    contents = {
+        "init": lambda **_: None, "log": lambda *_, **__: None, "finish": lambda: None, "Artifact": Artefact,
+        "log_artifact": lambda a, aliases: got.append((a.name, a.type, Path(a.path).name, aliases)),
+    }  # fmt: skip
+    vars(service).update(contents)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    return got
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_best_and_the_last_checkpoint_become_artefacts(
+    scenes, tmp_path, monkeypatch, wandb, without_tensorboard, asked
+):
+    """Evaluations at steps 1 to 4 find 2, 1, 3 and 3. Checkpoints are otherwise saved at step 4 alone."""
+    figures = iter([2.0, 1.0, 3.0, 3.0])
+    monkeypatch.setattr(Trainer, "figures", lambda *_: ({"tr_r1": 0.0}, next(figures)))
+    monkeypatch.setattr(TrainingProgress, "show", lambda *_: None)
+    config = pretrain_config(
+        scenes, tmp_path / "my run", max_steps=4, eval_every_steps=1, log_to=("wandb",), artefacts=asked
+    )
+    pretrain(config)
+    steps = [("step_00000001", "best"), ("step_00000003", "best"), ("step_00000004", "last")]
+    wanted = [("my_run-checkpoint", "model", step, [alias, step, "latest"]) for step, alias in steps]
+    assert wandb == (wanted if asked else [])
+    assert (config.out / "checkpoints/step_00000003").exists() == asked
+
+
+def test_an_artefact_that_cannot_be_sent_is_a_warning(
+    trained, tmp_path, monkeypatch, wandb, without_tensorboard, caplog
+):
+    def fails(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(sys.modules["wandb"], "log_artifact", fails, raising=False)
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", log_to=("wandb",), artefacts=True)
+    config.out.mkdir()
+    with LogSinks(config, 0) as sinks:
+        sinks.log_checkpoint(trained / "checkpoints/step_00000002", "last")
+    assert ["artefact of wandb: no network" in message for message in caplog.messages] == [True]
+
+
+def test_a_report_is_uploaded_to_the_run(tmp_path, wandb, monkeypatch):
+    (tmp_path / "run").mkdir()
+    upload_report(tmp_path / "run", tmp_path / "run/report.html")
+    assert wandb == [("run-report", "report", "report.html", ["latest"])]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="--upload"):
+        upload_report(tmp_path / "run", tmp_path / "run/report.html")
+
+
+def test_artefacts_without_wandb_are_refused(scenes, tmp_path):
+    with pytest.raises(ConfigError, match="artefacts: wanted --log-to wandb"):
+        pretrain_config(scenes, tmp_path / "run", artefacts=True, log_to=("trackio",))

@@ -12,7 +12,7 @@ import torch
 from mvlm.errors import NonFiniteLossError
 from mvlm.model import fast
 from mvlm.tasks.load import load_model
-from mvlm.training.metrics import MetricsBuffer, MetricsLogger, SkippedUpdates, finite_on_all_ranks
+from mvlm.training.metrics import MetricsBuffer, MetricsLogger, SkippedUpdates, finite_update
 from mvlm.training.run import pretrain
 from support.folders import checkpoint_contents, rows_of
 from support.models import ALONE, pretrain_config
@@ -34,7 +34,7 @@ NAN, INF = math.nan, math.inf
 
 
 def judge(loss: float, norm: float = 1.0) -> bool:
-    return bool(finite_on_all_ranks(ALONE, torch.tensor(loss), torch.tensor(norm)))
+    return bool(finite_update(torch.tensor(loss), torch.tensor(norm)))
 
 
 def test_guard_never_passes_what_is_not_finite():

@@ -1,0 +1,46 @@
+"""Time that a rank computes by itself in a step, before it waits for others."""
+
+import time
+
+import torch
+
+
+class Stopwatch:
+    """Seconds from the start of a step to the end of its first forward pass through the encoders.
+
+    All ranks end a step together, so the whole of it is as long on each. Up to here a rank has waited for no other one,
+    except that FSDP2 gathers parameters: there the ranks of a node wait for each other. On a GPU it is the device's
+    time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._started: float | torch.cuda.Event | None = None
+        self._ended: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._seconds = 0.0
+
+    def start(self) -> None:
+        """Start the time of a step."""
+        self._started = self._now()
+
+    def stop(self) -> None:
+        """End it. Further calls before the next start are ignored."""
+        started, self._started = self._started, None
+        if isinstance(started, torch.cuda.Event):
+            self._ended = started, self._now()  # pyright: ignore[reportAttributeAccessIssue]
+        elif started is not None:
+            self._seconds = time.perf_counter() - started
+
+    def seconds(self) -> float:
+        """The newest time that is known without waiting for the device."""
+        if self._ended is not None and self._ended[1].query():
+            started, ended = self._ended
+            self._seconds, self._ended = started.elapsed_time(ended) / 1000, None
+        return self._seconds
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

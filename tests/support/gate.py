@@ -1,0 +1,75 @@
+"""A gate in front of a TCP server, which tests close: the server is then away, or gone in the middle of a transfer."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+
+class Gate:
+    """Passes connections on to a server while it is open.
+
+    Args:
+        server: host and port.
+    """
+
+    def __init__(self, server: tuple[str, int]) -> None:
+        self._server, self._lock = server, threading.Lock()
+        self._pairs: set[socket.socket] = set()
+        self._open = True
+        self.sent = 0
+        """Bytes that clients have sent to the server."""
+        self.refused = 0
+        """Connections that came while the gate was closed."""
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def shut(self) -> None:
+        """Break all connections, and accept no more."""
+        with self._lock:
+            self._open = False
+            for one in self._pairs:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+
+    def open(self) -> None:
+        self._open = True
+
+    def close(self) -> None:
+        self.shut()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                if not self._open:
+                    self.refused += 1
+                    client.close()
+                    continue
+                server = socket.create_connection(self._server)
+                with self._lock:
+                    self._pairs |= {client, server}
+                for source, sink in ((client, server), (server, client)):
+                    threading.Thread(target=self._pass, args=(source, sink, source is client), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        with contextlib.suppress(OSError):
+            while block := source.recv(1 << 16):
+                self.sent += len(block) if up else 0
+                sink.sendall(block)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def gate_of(address: str) -> Iterator[Gate]:
+    """A gate in front of http://HOST:PORT."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    gate = Gate((host, int(port)))
+    try:
+        yield gate
+    finally:
+        gate.close()
