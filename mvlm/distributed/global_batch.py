@@ -70,9 +70,10 @@ def backward_global(
 class _Passes:
     """Forward and backward passes of a step on one rank.
 
-    With several microbatches a first pass computes the features that ITC and ITM read, without a graph. A backward pass
-    of ITC and ITM ends at these features, and their gradients gather in `.grad`. A second pass computes the features
-    again, one microbatch at a time, with MLM and MIM, and backpropagates the cached gradients too.
+    With several microbatches a first pass computes, without a graph, the features that objectives of the global batch
+    and of negatives read (ITC, ITM). Their backward pass ends at these features, whose gradients gather in `.grad`. A
+    second pass computes the features again, one microbatch at a time, with the objectives of a microbatch (MLM, MIM),
+    and backpropagates the cached gradients too.
     """
 
     def __init__(self, parallel: Parallel, microbatches: Sequence[Microbatch], step: Step, autocast: Autocast) -> None:
@@ -80,9 +81,9 @@ class _Passes:
         self._shares: list[Tensor] = []
         """Shares of all losses that each pass has computed: a vector a pass, in the order of `step.names`."""
         self._cached: list[Streams] = []
-        """Features of each microbatch that ITC and ITM read."""
+        """Features of each microbatch that objectives of the global batch and of negatives read."""
         self._exchange: FeatureExchange | None = None
-        """Exchange of the features of negatives of several microbatches; None without ITM."""
+        """Exchange of the features of negatives of several microbatches; None without an objective of them."""
         self._returning: list[Handle] = []
         """Gradients that the other ranks return for the negatives of one microbatch."""
 
@@ -133,7 +134,7 @@ class _Passes:
 
     @torch.no_grad()
     def _encode(self, model: MaskVLM, a: int) -> Streams:
-        """Features of microbatch a that ITC and ITM read: leaves, at which backward stops."""
+        """Features of microbatch a, those of `_cached`: leaves, at which backward stops."""
         with self._autocast():
             reads = self._step.reads(model.config, self._step.of_batch)
             streams = self._step.implementation.encode(model, *self._microbatches[a], reads)
@@ -143,7 +144,7 @@ class _Passes:
         return streams._replace(caches=None, partner_caches=None)
 
     def _contrast(self, model: MaskVLM) -> tuple[Shares, list[tuple[Tensor, Tensor]]]:
-        """ITC of all microbatches, and the draws of ITM's negatives."""
+        """Objectives of the global batch, of all microbatches; ITC draws the negatives."""
         features = Features(self._step, model, self._microbatches, self._cached)
         self._step.start_gather(features)
         shares = self._step.batch_shares(features)
@@ -152,7 +153,7 @@ class _Passes:
         return shares, []
 
     def _itm(self, exchange: FeatureExchange, a: int) -> None:
-        """ITM of microbatch a, forward and backward."""
+        """Objectives of the negatives of microbatch a, forward and backward."""
         own, arrived = self._cached[a], exchange.wait(a)
         for x in arrived:  # leaves: backward stops here, and frees the graph of this microbatch
             x.requires_grad_()
@@ -173,7 +174,7 @@ class _Passes:
             _gradient(own.text.rows).add_(of_text)
 
     def _reconstruct(self, model: MaskVLM, a: int) -> tuple[Shares, list[tuple[Tensor, Tensor]]]:
-        """MLM and MIM of microbatch a, and its features with their cached gradients."""
+        """Objectives of microbatch a alone, and its features with their cached gradients."""
         features = self._features(model, a)
         shares = self._step.microbatch_shares(features)
         self._add_returned()

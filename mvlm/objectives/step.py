@@ -2,7 +2,8 @@
 
 To add an objective, write a subclass of `MicrobatchObjective` or `BatchObjective` in a file of its own, add it to
 `OBJECTIVES` in `mvlm.objectives.pretraining`, and give it a line `NAME_weight` in
-`mvlm.config.groups.ObjectiveSettings`. `check_against_loops` (tests/support/objectives.py) tests it.
+`mvlm.config.groups.ObjectiveSettings`, marked `COMPARES` if the loss needs two pairs. `check_against_loops`
+(tests/support/objectives.py) tests it.
 
 Each rank computes its share of every loss from each of its microbatches. The shares of all ranks and microbatches add
 up to the loss of the global batch. In a world of one, collectives return their argument. `MaskVLM.forward` takes the
@@ -58,10 +59,15 @@ class Objective:
     reported: ClassVar[bool] = True
     """False leaves its loss out of `Losses`, but not out of the total."""
     trains: ClassVar[tuple[str, ...]] = ()
-    """Modules and parameters of the network that it trains, but for the two encoders, each of which some objective of a
-    step has to train. `ANY_PART` if it may train any of them.
+    """Modules and parameters of the network that it trains beside the encoders. `ANY_PART` if it may train any of them.
 
     NOTE: name all. A step of several ranks or microbatches drops the gradients of those that no objective names.
+    """
+    encoders: ClassVar[tuple[str, ...]] = ("image_encoder", "text_encoder")
+    """Encoders that it trains.
+
+    NOTE: name no other. On several ranks a step fails, or averages no gradients, if none of its objectives trains an
+    encoder that one of them names.
     """
 
     def reads(self, config: MaskVLMConfig) -> Sequence[str]:
@@ -94,7 +100,11 @@ class MicrobatchObjective(Objective):
 
 
 class BatchObjective(Objective):
-    """An objective that compares the pairs of the global batch, as ITC does."""
+    """An objective of all pairs of the global batch, as ITC is.
+
+    By default it compares embeddings of images and captions. One that compares none, such as a statistic of features,
+    returns no `views` and has its own `trains`.
+    """
 
     trains = ("image_projection", "text_projection")
     draws: ClassVar[bool] = False
@@ -381,13 +391,13 @@ def computed(objectives: Iterable[Objective]) -> list[Objective]:
 
 
 def idle_parameters(model: MaskVLMNetwork, objectives: Iterable[Objective]) -> list[nn.Parameter]:
-    """Parameters outside the encoders, and the mask token, that no objective of some weight trains."""
+    """Parameters that no objective of some weight trains."""
     users = computed(objectives)
     if any(user.trains == ANY_PART for user in users):
         return []
-    used = {"image_encoder", "text_encoder", *(name for user in users for name in user.trains)}
+    used = {name for user in users for name in (*user.encoders, *user.trains)}
     idle = [p for name, p in model.named_parameters() if name.split(".")[0] not in used]
-    masks = any("masked_image" in user.reads(model.config) for user in users)
+    masks = "image_encoder" not in used or any("masked_image" in user.reads(model.config) for user in users)
     return idle if masks else [*idle, model.image_encoder.mask_token]
 
 

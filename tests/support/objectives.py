@@ -39,13 +39,13 @@ def check_against_loops(objective: Objective, loop: Loop) -> None:
     """Check an objective's loss, accuracies and gradients, beside MLM, and beside the paper's four.
 
     On one rank by both implementations, and with microbatches; on two ranks with DDP and FSDP2, with and without
-    microbatches. Where there are microbatches, logits come in blocks of rows.
+    microbatches; and alone on two ranks. Where there are microbatches, logits come in blocks of rows.
 
     Args:
         loop: returns the loss and the accuracies of `whole_batch()`, from a model and its streams, in float64. It
             shares no code with the objective.
     """
-    beside_mlm, beside_all = (_expected(objective, others, loop) for others in ((MLM(),), ALL))
+    beside_mlm, beside_all, alone = (_expected(objective, others, loop) for others in ((MLM(),), ALL, ()))
     for plan, wanted in (("plain", beside_mlm), ("fast", beside_all)):
         model = shallow_model()
         losses = model(*whole_batch(), **NOISE, plan=plan, objectives=wanted.objectives)
@@ -57,6 +57,7 @@ def check_against_loops(objective: Objective, loop: Loop) -> None:
         world = join_ranks("cpu")
         _check_parallel(world, "ddp", 1, "fast", beside_all)
         _check_parallel(world, "ddp", 2, "plain", beside_mlm)
+        _check_parallel(world, "ddp", 1, "fast", alone)
         _check_parallel(world, "fsdp", 2, "fast", beside_all)
         world.close()
 
@@ -83,7 +84,7 @@ class _Expected:
 
 def _expected(objective: Objective, others: Sequence[Objective], loop: Loop) -> _Expected:
     model, (batch, masks) = shallow_model(), whole_batch()
-    losses: dict[str, Any] = dict(model(batch, masks, **NOISE, objectives=others))
+    losses: dict[str, Any] = dict(model(batch, masks, **NOISE, objectives=others)) if others else {"total": 0.0}
     loss, *accuracies = loop(model, plain.encode(model, batch, masks))
     total = losses["total"] + objective.weight * loss
     total.backward()

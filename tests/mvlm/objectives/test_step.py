@@ -93,6 +93,7 @@ class Small(MicrobatchObjective):
     """Features of tokens are small: mean square of all tokens of a batch, whose number differs by microbatch."""
 
     name, curve = "small", "mean square of token features"
+    encoders = ("text_encoder",)
 
     def count(self, batch: Batch, masks: Masks | None) -> Tensor:
         return batch.cu_seqlens[-1].double()
