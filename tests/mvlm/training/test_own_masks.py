@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,54 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 SCHEDULE, ATTENTION = f"{EXAMPLES}/masking_schedule.py:rising", f"{EXAMPLES}/attentive_masks.py:attended"
 LOSS = f"{EXAMPLES}/two_views.py:agreement"
 LOSSES = ("mlm", "mim", "itc", "itm", "grad_norm")
+RISE = 4
+"""Updates in which the masking ratio of the tests rises, in place of the example's 1,000."""
 
 
 def rows(out: Path) -> list[list[float]]:
     return [[row[name] for name in LOSSES] for row in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.fixture
+def steep() -> Callable[[Path], str]:
+    """Name of the schedule of examples/, with a rise of `RISE` updates, that writes its counts to a path (`counts`)."""
+    text = (EXAMPLES / "masking_schedule.py").read_text()
+    assert "STEPS = 0.3, 0.6, 1000" in text
+
+    def schedule(place: Path) -> str:
+        file = place.with_suffix(".py")
+        file.write_text(
+            text.replace("1000", str(RISE)) + "\n\ndef noted(draw):\n    masks = rising(draw)\n"
+            f"    with open({str(place)!r}, 'a') as file:\n"
+            "        print(draw.step, masks.patch_ids.shape[1], file=file)\n    return masks\n"
+        )
+        return f"{file}:noted"
+
+    return schedule
+
+
+def counts(place: Path) -> dict[int, int]:
+    """Masked patches of each update that a schedule wrote. All its microbatches and ranks have equally many."""
+    pairs = {tuple(map(int, line.split())) for line in place.read_text().splitlines()}
+    assert len(pairs) == len(dict(pairs))
+    return dict(pairs)
+
+
+@pytest.mark.slow
+def test_a_schedule_masks_more_with_every_update_resumed_too(scenes, tmp_path, steep):
+    place, out = tmp_path / "counts", tmp_path / "run"
+    own = {"own_masks": steep(place), "max_steps": RISE + 2, "checkpoint_every_steps": 1, "keep_checkpoints": 0}
+    pretrain(pretrain_config(scenes, out, accumulate=2, **own))
+    patches = pretrain_config(scenes, out).model.num_patches
+    # Linear from 0.3 to 0.6 in `RISE` updates, and then constant; by Python's own rounding.
+    wanted = {step: round(patches * (0.3 + 0.3 * min(1.0, step / RISE))) for step in range(RISE + 2)}
+    assert counts(place) == wanted
+    assert len(set(wanted.values())) > 2
+    for later in range(3, RISE + 3):
+        shutil.rmtree(out / f"checkpoints/step_{later:08d}")
+    place.unlink()
+    pretrain(pretrain_config(scenes, out, accumulate=2, **own, resume=True))
+    assert counts(place) == {step: count for step, count in wanted.items() if step >= 2}
 
 
 @pytest.mark.slow
@@ -69,14 +114,18 @@ def test_unchanged_masks_give_the_losses_of_the_loaders(scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_mask_as_one(scenes, tmp_path, on_two_ranks):
-    one, two = tmp_path / "one", tmp_path / "two"
-    config = pretrain_config(scenes, one, max_steps=2, precision="fp32", own_masks=SCHEDULE, own_loss=LOSS)
-    pretrain(config)
+def test_two_ranks_mask_as_one(scenes, tmp_path, on_two_ranks, steep):
+    one, two, place = tmp_path / "one", tmp_path / "two", tmp_path / "counts"
+    own = steep(place)
+    pretrain(pretrain_config(scenes, one, max_steps=RISE, precision="fp32", own_masks=own, own_loss=LOSS))
+    wanted = counts(place)
+    place.unlink()
     codes, log = on_two_ranks(
-        "pretrain", "--config", RunFolder(one).config, "--out", two, "--own-masks", SCHEDULE, "--own-loss", LOSS
+        "pretrain", "--config", RunFolder(one).config, "--out", two, "--own-masks", own, "--own-loss", LOSS
     )
     assert codes == [0, 0], log
+    assert counts(place) == wanted
+    assert len(set(wanted.values())) > 2
     torch.testing.assert_close(rows(two), rows(one), rtol=1e-4, atol=1e-5)
     assert json.loads((two / "config.json").read_text())["own_loss_sha256"]
 
