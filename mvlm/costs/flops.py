@@ -69,8 +69,6 @@ class _Raw:
         return self._formula(*args, **kwargs)
 
 
-LINEAR = ("_linear_pointwise",)
-"""torch's operators of a linear layer in oneDNN. Builds without oneDNN have none."""
 # These replace torch's formulas, which count recomputation in SDPA's backward and know no CPU attention.
 FORMULAS: dict[Any, Callable[..., int]] = {
     **{
@@ -81,10 +79,11 @@ FORMULAS: dict[Any, Callable[..., int]] = {
         getattr(aten, f"_scaled_dot_product_{kind}_backward"): _Raw(attention_backward)
         for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     },
-    **{getattr(torch.ops.mkldnn, name): _Raw(linear_with_bias) for name in LINEAR if hasattr(torch.ops.mkldnn, name)},
     ours.cross_attention: _Raw(cross_attention),
     ours.cross_attention_backward: _Raw(cross_attention_backward),
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # builds without oneDNN have none
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _Raw(linear_with_bias)
 
 
 def counter() -> FlopCounterMode:
