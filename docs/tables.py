@@ -1,5 +1,7 @@
 """Tables of README and docs/ that are made from committed result files: `python docs/tables.py` rewrites them.
 
+It also rewrites the parts of docs/reference/ that are made from the code (docs/generated.py).
+
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`. A test compares every table with
 its files. `python docs/tables.py --demo RUN RUN ...` first reads the evaluations of `make demo` with several seeds into
 benchmarks/results/demo.json, `--reading RUN` the evaluation of `make reading`, and `--tasks runs/tasks` the results of
@@ -20,6 +22,7 @@ from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests load this file by its path
+from generated import with_generated
 from task_tables import TASK_TABLES, write_tasks
 
 from mvlm.studies.page import Pooled, compare, figure, pooled
@@ -65,7 +68,7 @@ def main() -> None:
     if options.tasks:
         write_tasks(options.tasks)
     for page in pages():
-        page.write_text(with_tables(page.read_text()))
+        page.write_text(with_generated(with_tables(page.read_text())))
 
 
 def pages() -> list[Path]:

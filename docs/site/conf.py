@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("kernels", "dataloading", "benchmarks", "docs/site"))]
+sys.path[:0] = [
+    str(ROOT),
+    *(str(ROOT / folder) for folder in ("kernels", "dataloading", "benchmarks", "docs", "docs/site")),
+]
 
 project = "mvlm"
 author = "the mvlm authors"
