@@ -111,6 +111,21 @@ def all_to_all(x: Tensor, sent: list[int], received: list[int]) -> Handle:
     return Handle(dist.all_to_all_single(out, x, received, sent, async_op=True), lambda: out)
 
 
+def send_to_owners(x: Tensor, layout: GlobalBatchLayout) -> Handle:
+    """Start to send values (G, ...) that this rank has of all pairs to the ranks of the pairs: (W, n, ...) of n pairs."""
+    parts = x.unflatten(0, (layout.microbatches, layout.ranks, layout.pairs)).transpose(0, 1).flatten(0, 2)
+    even = [len(x) // layout.ranks] * layout.ranks
+    sent = all_to_all(parts.contiguous(), even, even)
+    return Handle(None, lambda: sent.wait().unflatten(0, (layout.ranks, -1)))
+
+
+def return_from_owners(x: Tensor, layout: GlobalBatchLayout) -> Handle:
+    """Start to return values (W, n, ...) to the ranks that sent them by `send_to_owners`: (G, ...)."""
+    even, sizes = [x.shape[1]] * layout.ranks, (layout.ranks, layout.microbatches, layout.pairs)
+    sent = all_to_all(x.flatten(0, 1).contiguous(), even, even)
+    return Handle(None, lambda: sent.wait().unflatten(0, sizes).transpose(0, 1).flatten(0, 2))
+
+
 class AsyncOp:
     """An asynchronous collective in the autograd graph, whose gradient another one carries.
 

@@ -97,6 +97,10 @@ class NegativeSampling(NamedTuple):
         drawn = scores.masked_fill(~admissible, float("-inf")).argmax(dim=1)
         return torch.where(admissible.any(dim=1), drawn, rows)
 
+    def noise_keys(self) -> Tensor:
+        """Keys of the noise of both directions, int64 (2,), for `mvlm_kernels.contrastive_terms`."""
+        return torch.stack([noise_key(self.seed, self.step, direction, self.image_id.device) for direction in (0, 1)])
+
     def limited(self, texts: Tensor, images: Tensor) -> Negatives:
         """Negatives of all G pairs from the drawn captions and images int64 (G,)."""
         texts, images = limit_pairs_per_negative(texts), limit_pairs_per_negative(images)

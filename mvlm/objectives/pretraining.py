@@ -17,6 +17,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.distributed.exchange import PairFeatures
 from mvlm.model.implementation import MASKED, Implementation
 from mvlm.model.network import MaskVLMNetwork
+from mvlm.objectives.columns import merge_columns
 from mvlm.objectives.losses import contrastive_sums, matching_loss, number_of_masked_tokens, shared_contrastive_sums
 from mvlm.objectives.step import (
     ANY_PART,
@@ -28,6 +29,7 @@ from mvlm.objectives.step import (
     Objective,
 )
 from mvlm_dataloading import Batch, Masks
+from mvlm_kernels import contrastive_terms
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class ITC(BatchObjective):
         return loss, accuracy
 
     def _shares(self, features: Features, image: str, text: str) -> tuple[Tensor, Tensor]:
-        draw = bool(features.step.of_negatives) and text == "text"
+        draw, layout = bool(features.step.of_negatives) and text == "text", features.step.layout
+        if layout.microbatches * layout.pairs > features.rows_at_a_time:
+            return self._shares_of_blocks(features, image, text, draw)
         sampling, bias = features.step.sampling, features.model.logit_bias
 
         def sums(direction: int, rows: Tensor, logits: Tensor) -> list[Tensor]:
@@ -95,8 +99,29 @@ class ITC(BatchObjective):
         (image_loss, image_correct, *texts), (text_loss, text_correct, *images) = both
         if draw:
             features.draws = torch.stack([*texts, *images], dim=1)
-        total = 2 * features.step.layout.total
+        total = 2 * layout.total
         return (image_loss + text_loss) / total, (image_correct + text_correct) / total
+
+    def _shares_of_blocks(self, features: Features, image: str, text: str, draw: bool) -> tuple[Tensor, Tensor]:
+        """`_shares` where the logits of both directions would come in blocks, each computed twice in each direction.
+
+        `contrastive_terms` computes each block once a pass. Its digits are others, so a smaller batch keeps the sums.
+        """
+        layout, sampling, model = features.step.layout, features.step.sampling, features.model
+        own = features.gather(image, text)
+        terms = contrastive_terms(
+            own.image, own.gathered()[1], model.log_scale, bias=None if self.shared_positives else model.logit_bias,
+            rows=layout.own_indices(own.image.device), image_id=sampling.image_id, text_id=sampling.text_id,
+            shared_positives=self.shared_positives, noise_keys=sampling.noise_keys() if draw else None,
+        )  # fmt: skip
+        sums, correct, images = merge_columns(terms, layout)
+        if draw:
+            features.draws = torch.stack([terms.drawn, images], dim=1)
+        top, best = terms.row_best
+        correct = torch.cat([best >= top, correct]).to(top.dtype).sum() / (2 * layout.total)
+        if model.logit_bias is not None and not self.shared_positives:
+            return terms.rows.sum() / layout.total, correct
+        return (terms.rows.sum() + sums.sum()) / (2 * layout.total), correct
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,12 @@ class Features:
         total = all_reduce(x.detach().clone(), layout)
         return AsyncOp(x, total.wait, lambda grad: all_reduce(grad.clone(), layout)).wait()
 
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows of this rank's logits with all pairs that are in memory at a time."""
+        layout = self.step.layout
+        return layout.pairs if layout.alone else max(1, MAX_LOGITS // layout.total)
+
     def sum_over_logits(
         self,
         function: Callable[..., Sequence[Tensor]],
@@ -247,7 +253,7 @@ class Features:
             def block(rows: Tensor, *own: Tensor, others: Any = others, direction: int = direction) -> Sequence[Tensor]:
                 return function(direction, rows, *map(contrastive_logits, own, others, scales))
 
-            blocks = list(zip(*(x.split(max(1, MAX_LOGITS // layout.total)) for x in (indices, *own)), strict=True))
+            blocks = list(zip(*(x.split(self.rows_at_a_time) for x in (indices, *own)), strict=True))
             run = block if len(blocks) == 1 else partial(checkpoint, block, use_reentrant=False)
             parts = zip(*(run(*rows) for rows in blocks), strict=True)
             found.append([_join(list(values)) for values in parts])

@@ -18,13 +18,17 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser, elementwise on int64, in place. Products wrap around."""
+def _mix(x: Tensor, low_bits: bool = True) -> Tensor:
+    """SplitMix64's finaliser, elementwise on int64, in place. Products wrap around.
+
+    low_bits=False leaves out the last step, which changes only the lowest 33 bits.
+    """
     x ^= _shift(x, 30)
     x *= _signed(_MIX1)
     x ^= _shift(x, 27)
     x *= _signed(_MIX2)
-    x ^= _shift(x, 31)
+    if low_bits:
+        x ^= _shift(x, 31)
     return x
 
 
@@ -55,5 +59,5 @@ def gumbel_noise(key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     bits = _mix(_mix(key.clone()) + rows * _signed(_GOLDEN)) + columns * _signed(_GOLDEN)
     # (k + 0.5) / 2^23 with k < 2^23 is exact in fp32, so it is never 0 or 1.
-    uniform = _shift(_mix(bits), 41).float().add_(0.5).div_(1 << 23)
+    uniform = _shift(_mix(bits, low_bits=False), 41).float().add_(0.5).div_(1 << 23)
     return uniform.log_().neg_().log_().neg_()
