@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -78,9 +78,11 @@ class Handle:
         return self._value
 
 
-def all_reduce(x: Tensor, layout: GlobalBatchLayout) -> Handle:
-    """Start to add x up over the ranks, in place."""
-    return Handle(dist.all_reduce(x, async_op=True) if layout.ranks > 1 else None, lambda: x)
+def all_reduce(x: Tensor, layout: GlobalBatchLayout, operation: Literal["sum", "max", "min"] = "sum") -> Handle:
+    """Start to reduce x over the ranks, in place, by default to its sum."""
+    if layout.ranks == 1:
+        return Handle(None, lambda: x)
+    return Handle(dist.all_reduce(x, getattr(dist.ReduceOp, operation.upper()), async_op=True), lambda: x)
 
 
 def all_gather(x: Tensor, layout: GlobalBatchLayout) -> Handle:
@@ -109,21 +111,6 @@ def all_to_all(x: Tensor, sent: list[int], received: list[int]) -> Handle:
         return Handle(None, lambda: x)
     out = x.new_empty(sum(received), *x.shape[1:])
     return Handle(dist.all_to_all_single(out, x, received, sent, async_op=True), lambda: out)
-
-
-def send_to_owners(x: Tensor, layout: GlobalBatchLayout) -> Handle:
-    """Start to send values (G, ...) that this rank has of all pairs to the ranks of the pairs: (W, n, ...) of n pairs."""
-    parts = x.unflatten(0, (layout.microbatches, layout.ranks, layout.pairs)).transpose(0, 1).flatten(0, 2)
-    even = [len(x) // layout.ranks] * layout.ranks
-    sent = all_to_all(parts.contiguous(), even, even)
-    return Handle(None, lambda: sent.wait().unflatten(0, (layout.ranks, -1)))
-
-
-def return_from_owners(x: Tensor, layout: GlobalBatchLayout) -> Handle:
-    """Start to return values (W, n, ...) to the ranks that sent them by `send_to_owners`: (G, ...)."""
-    even, sizes = [x.shape[1]] * layout.ranks, (layout.ranks, layout.microbatches, layout.pairs)
-    sent = all_to_all(x.flatten(0, 1).contiguous(), even, even)
-    return Handle(None, lambda: sent.wait().unflatten(0, sizes).transpose(0, 1).flatten(0, 2))
 
 
 class AsyncOp:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mvlm.config.groups import ObjectiveSettings
 from mvlm.config.model import MaskVLMConfig
+from mvlm.distributed.collectives import GlobalBatchLayout, all_reduce
 from mvlm.distributed.exchange import PairFeatures
 from mvlm.model.implementation import MASKED, Implementation
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.objectives.columns import merge_columns
 from mvlm.objectives.losses import contrastive_sums, matching_loss, number_of_masked_tokens, shared_contrastive_sums
 from mvlm.objectives.step import (
     ANY_PART,
@@ -29,7 +29,7 @@ from mvlm.objectives.step import (
     Objective,
 )
 from mvlm_dataloading import Batch, Masks
-from mvlm_kernels import contrastive_terms
+from mvlm_kernels import ContrastiveTerms, contrastive_terms
 
 
 @dataclass(frozen=True)
@@ -108,20 +108,32 @@ class ITC(BatchObjective):
         `contrastive_terms` computes each block once a pass. Its digits are others, so a smaller batch keeps the sums.
         """
         layout, sampling, model = features.step.layout, features.step.sampling, features.model
-        own = features.gather(image, text)
+        own, bias = features.gather(image, text), None if self.shared_positives else model.logit_bias
+        rows = layout.own_indices(own.image.device)
         terms = contrastive_terms(
-            own.image, own.gathered()[1], model.log_scale, bias=None if self.shared_positives else model.logit_bias,
-            rows=layout.own_indices(own.image.device), image_id=sampling.image_id, text_id=sampling.text_id,
-            shared_positives=self.shared_positives, noise_keys=sampling.noise_keys() if draw else None,
+            own.image, own.gathered()[1], model.log_scale, bias=bias, rows=rows, image_id=sampling.image_id,
+            text_id=sampling.text_id, shared_positives=self.shared_positives,
+            noise_keys=sampling.noise_keys() if draw else None,
         )  # fmt: skip
-        sums, correct, images = merge_columns(terms, layout)
+        (top, best), drawn = _columns_of_all_ranks(terms, layout)
         if draw:
-            features.draws = torch.stack([terms.drawn, images], dim=1)
-        top, best = terms.row_best
-        correct = torch.cat([best >= top, correct]).to(top.dtype).sum() / (2 * layout.total)
-        if model.logit_bias is not None and not self.shared_positives:
-            return terms.rows.sum() / layout.total, correct
-        return (terms.rows.sum() + sums.sum()) / (2 * layout.total), correct
+            features.draws = torch.stack([terms.drawn, drawn[rows]], dim=1)
+        # Every rank has all columns, and counts 1 / W of them as its share.
+        row_top, row_best = terms.row_best
+        correct = (row_best >= row_top).to(top.dtype).sum() + (best >= top).to(top.dtype).sum() / layout.ranks
+        if bias is not None:
+            return terms.rows.sum() / layout.total, correct / (2 * layout.total)
+        sums = features.global_sum((terms.columns - top).exp())
+        columns = (sums.log() + top).sum() / layout.ranks
+        return (terms.rows.sum() + columns) / (2 * layout.total), correct / (2 * layout.total)
+
+
+def _columns_of_all_ranks(terms: ContrastiveTerms, layout: GlobalBatchLayout) -> tuple[Tensor, Tensor]:
+    """Largest logit of each column over the rows of all ranks, and largest of its right pairs (2, G), and the row that
+    it draws, int64 (G,): of equal scores the first."""
+    largest = all_reduce(torch.cat([terms.column_best, terms.column_score[None]]), layout, "max").wait()
+    of_largest = torch.where(terms.column_score == largest[2], terms.column_drawn, layout.total)
+    return largest[:2], all_reduce(of_largest, layout, "min").wait()
 
 
 @dataclass(frozen=True)
