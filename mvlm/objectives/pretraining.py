@@ -83,7 +83,7 @@ class ITC(BatchObjective):
 
     def _shares(self, features: Features, image: str, text: str) -> tuple[Tensor, Tensor]:
         draw, layout = bool(features.step.of_negatives) and text == "text", features.step.layout
-        if layout.microbatches * layout.pairs > features.rows_at_a_time:
+        if features.in_blocks:
             return self._shares_of_blocks(features, image, text, draw)
         sampling, bias = features.step.sampling, features.model.logit_bias
 
@@ -111,7 +111,7 @@ class ITC(BatchObjective):
         own, bias = features.gather(image, text), None if self.shared_positives else model.logit_bias
         rows = layout.own_indices(own.image.device)
         terms = contrastive_terms(
-            own.image, own.gathered()[1], model.log_scale, bias=bias, rows=rows, image_id=sampling.image_id,
+            own.image, own.captions(), model.log_scale, bias=bias, rows=rows, image_id=sampling.image_id,
             text_id=sampling.text_id, shared_positives=self.shared_positives,
             noise_keys=sampling.noise_keys() if draw else None,
         )  # fmt: skip
