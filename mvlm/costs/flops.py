@@ -62,7 +62,9 @@ def contrastive_terms(image: Tensor, text: Tensor, *_: Any, **__: Any) -> int:
     return 2 * image.numel() * text.shape[0]
 
 
-def contrastive_terms_backward(grad: Tensor, column_grad: Tensor, image: Tensor, text: Tensor, *_: Any, **__: Any) -> int:
+def contrastive_terms_backward(
+    grad: Tensor, column_grad: Tensor, image: Tensor, text: Tensor, *_: Any, **__: Any
+) -> int:
     return 2 * contrastive_terms(image, text)
 
 

@@ -184,7 +184,9 @@ def main() -> None:
             loss().backward()
         peak = peak_mb(lambda loss=loss: loss().backward(), pairs.leaves, "cpu")
         products = counter.flops / (2 * logits * options.width)
-        print(f"{name:48}{products:9.2f}{counter.moved / logits:7.0f}{peak:10.0f}{statistics.median(seconds[name]):8.2f}")
+        print(
+            f"{name:48}{products:9.2f}{counter.moved / logits:7.0f}{peak:10.0f}{statistics.median(seconds[name]):8.2f}"
+        )
 
 
 if __name__ == "__main__":

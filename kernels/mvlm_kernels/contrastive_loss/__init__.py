@@ -58,9 +58,8 @@ def contrastive_terms(
         image_id, text_id: int64 (G,), equal for pairs of one image, or text. Such pairs match, and are not drawn.
         shared_positives: all matching pairs are right, and share the target of a row equally (ALBEF). Otherwise its own
             pair alone is right.
-        noise_keys: int64 (2,), :func:`.noise.noise_key` of rows and of columns, to draw hard negatives: each row draws a
-            column that does not match it, and each column a row, with the probabilities of softmax (Gumbel-argmax). None
-            draws nothing.
+        noise_keys: int64 (2,), :func:`.noise.noise_key` of rows and of columns, to draw hard negatives: each row draws
+            a column that does not match it, and each column a row, with the probabilities of softmax (Gumbel-argmax).
 
     Differentiable once, in image, text, log_scale and bias. Logits are float32 (float64), under autocast too. Products
     of float32 follow torch's setting for TF32. On a GPU those of bfloat16 have float32 sums, and round the logits'
@@ -159,7 +158,8 @@ class _ContrastiveTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, image, text, log_scale, bias, rows, image_id, text_id, shared, keys):
         terms, columns, lse, *others = forward(image, text, log_scale, bias, rows, image_id, text_id, shared, keys)
-        ctx.save_for_backward(image, text, log_scale, bias, rows, image_id, text_id, lse, columns)
+        # A copy of the columns, because a caller may write to an output.
+        ctx.save_for_backward(image, text, log_scale, bias, rows, image_id, text_id, lse, columns.clone())
         ctx.shared = shared
         ctx.mark_non_differentiable(lse, *others)
         return terms, columns, lse, *others

@@ -13,7 +13,7 @@ from mvlm_kernels.arguments import compute_dtype
 from mvlm_kernels.contrastive_loss.noise import gumbel_noise
 
 BLOCK = {"cpu": 1 << 18}
-"""Logits of a block, by type of device: 1 MiB in a processor's cache. All that is made of them takes up to 7 times that."""
+"""Logits of a block, by type of device: 1 MiB in a processor's cache. All made of them takes up to 7 times as much."""
 BLOCK_ELSEWHERE = 1 << 21
 """Logits of a block on a GPU, which a few hundred launches compute."""
 ROWS = 1024
@@ -29,7 +29,7 @@ class Pairs:
         sigmoid: bool, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.rows, self.columns, self.shared = rows, torch.arange(columns, device=rows.device), shared
-        self._ids = [x for x in (image_id, text_id) if x is not None] or [self.columns]
+        self._ids = [x.contiguous() for x in (image_id, text_id) if x is not None] or [self.columns]
         ones = torch.ones(columns, dtype=dtype, device=rows.device)
         # Both directions of InfoNCE weigh a right pair, and the sigmoid loss has it once.
         self._weights = ones / 2 if sigmoid else ones / _number_of_matches(self._ids) if shared else ones
@@ -126,7 +126,7 @@ def backward(
     grad: Tensor, column_grad: Tensor, image: Tensor, text: Tensor, log_scale: Tensor, bias: Tensor | None,
     rows: Tensor, image_id: Tensor | None, text_id: Tensor | None, shared: bool, lse: Tensor, column_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of image, text, log_scale and bias (zeros for InfoNCE), from those of terms (n,) and of columns (G,)."""
+    """Gradients of image, text, log_scale and bias (0 for InfoNCE), from those of terms (n,) and of columns (G,)."""
     dtype = lse.dtype
     pairs = Pairs(rows, len(text), image_id, text_id, shared, bias is not None, dtype)
     d_image, d_text = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (image, text))
