@@ -238,7 +238,7 @@ class Features:
 
     @property
     def in_blocks(self) -> bool:
-        """True if the logits of this rank's pairs come in several blocks. ITC then needs all captions, and no images."""
+        """True if the logits of this rank's pairs come in several blocks. ITC then gathers no images."""
         layout = self.step.layout
         return layout.microbatches * layout.pairs > self.rows_at_a_time
 

@@ -41,7 +41,7 @@ OPS: dict[Any, Callable[..., Any]] = {
     torch.ops.mvlm_kernels.contrastive_terms.default: reference.forward,
     torch.ops.mvlm_kernels.contrastive_terms_backward.default: reference.backward,
 }
-"""What our ops run, which a dispatch mode does not see."""
+"""Functions in torch of our ops, into which a dispatch mode does not see."""
 
 
 class Counter(TorchDispatchMode):
@@ -109,7 +109,7 @@ def ours(pairs: Pairs, draw: bool, sigmoid: bool = False) -> Tensor:
         pairs.image, pairs.all_texts, pairs.log_scale, bias=pairs.bias if sigmoid else None, rows=pairs.rows,
         noise_keys=pairs.keys if draw else None,
     )  # fmt: skip
-    return (terms.rows.sum() + terms.columns.sum()) / len(pairs.rows)
+    return terms.rows.mean() if sigmoid else (terms.rows.sum() + terms.columns.sum()) / (2 * len(pairs.rows))
 
 
 def of_open_clip(pairs: Pairs) -> dict[str, Loss]:

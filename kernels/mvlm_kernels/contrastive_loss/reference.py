@@ -52,7 +52,7 @@ class Pairs:
         return matches * (self._weights[self.rows[r], None] + self._weights[c])
 
     def own(self, r: slice, c: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each row's own pair, (R, 1) each: int64 column of the block, whether it lies inside, and its weight."""
+        """Column int64 in the block of each row's own pair, whether it lies inside, and its weight: (R, 1) each."""
         rows, columns = self.rows[r, None], self.columns[c]
         inside = (rows >= columns[0]) & (rows <= columns[-1])
         return (rows - columns[0]).clamp(0, len(columns) - 1), inside, inside * 2 * self._weights[rows]
