@@ -129,12 +129,13 @@ def of_open_clip(pairs: Pairs) -> dict[str, Loss]:
     def infonce() -> Tensor:
         return Gathered(local_loss=True)(pairs.image, pairs.text, pairs.log_scale.exp())
 
+    chunks: Any = {"chunk_size": 128}
     found: dict[str, Loss] = {"open_clip ClipLoss, local_loss": infonce}
     if "chunk_size" in inspect.signature(open_clip.SigLipLoss).parameters:
 
         def sigmoid() -> Tensor:
             # Its ranks pass captions round, and each part is a loss of its own images with n captions.
-            losses, size = open_clip.SigLipLoss(chunk_size=128), len(pairs.rows)
+            losses, size = open_clip.SigLipLoss(**chunks), len(pairs.rows)
             scale, parts = pairs.log_scale.exp(), pairs.all_texts.split(size)
             first = losses._loss(pairs.image, parts[0], scale, pairs.bias)
             return sum((losses._loss(pairs.image, x, scale, pairs.bias, True) for x in parts[1:]), first)

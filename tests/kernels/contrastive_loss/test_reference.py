@@ -1,3 +1,5 @@
+# Arguments are unpacked from tables of cases, whose types pyright cannot follow.
+# pyright: reportArgumentType=false, reportCallIssue=false
 """Contrastive terms against explicit numpy in float64, in blocks of every kind; precision, memory and refusals."""
 
 import math
