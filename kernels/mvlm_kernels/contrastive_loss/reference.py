@@ -189,8 +189,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_product(out: Tensor, dx: Tensor, x: Tensor) -> None:
-    rounded = dx.to(x.dtype)
-    if _in_16_bits(rounded, x):
-        out += torch.mm(rounded, x, out_dtype=torch.float32)
+    if _in_16_bits(x, x):
+        out += torch.mm(dx.to(x.dtype), x, out_dtype=torch.float32)
     else:
         out.addmm_(dx, x.to(dx.dtype))

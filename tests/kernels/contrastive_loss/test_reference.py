@@ -247,3 +247,30 @@ def test_a_wrong_argument_is_refused(begins):
 def test_a_loss_of_fewer_images_than_captions_is_refused():
     with pytest.raises(ValueError, match="text must have as many rows"):
         contrastive_loss(torch.ones(3, 5), torch.ones(4, 5), torch.ones(1))
+
+
+class Products(TorchDispatchMode):
+    """Dtypes of the operands and of the result of each product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[torch.dtype, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket.__name__ in ("mm", "addmm_"):
+            self.found.add(tuple(x.dtype for x in (*args[-3:], out) if isinstance(x, Tensor)))
+        return out
+
+
+def test_on_a_gpu_products_of_bf16_have_float32_sums(monkeypatch):
+    """On the meta device, which has torch's product of this kind, taken for a GPU."""
+    monkeypatch.setattr(reference, "_in_16_bits", lambda a, b: a.dtype == b.dtype == torch.bfloat16)
+    meta = {"device": "meta"}
+    image, text = (torch.empty(shape, dtype=torch.bfloat16, **meta) for shape in ((4, 8), (6, 8)))
+    log_scale, pairs = torch.empty(1, **meta), (torch.arange(4, **meta), None, None, False)
+    with Products() as products:
+        terms, columns, lse, *_ = reference.forward(image, text, log_scale, None, *pairs, None)
+        found = reference.backward(terms, columns, image, text, log_scale, None, *pairs, lse, columns)
+    assert products.found == {(torch.bfloat16, torch.bfloat16, torch.float32)}
+    assert [x.dtype for x in found[:3]] == [torch.bfloat16, torch.bfloat16, torch.float32]
