@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from mvlm_kernels.add_layer_norm import add_layer_norm
+from mvlm_kernels.contrastive_loss import ContrastiveTerms, contrastive_loss, contrastive_terms
 from mvlm_kernels.cross_attention import cross_attention, pack_key_mask
 from mvlm_kernels.dispatch import Explanation, explain, use_backend
 from mvlm_kernels.gather_patches import gather_patches
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ContrastiveTerms",
     "Explanation",
     "add_layer_norm",
+    "contrastive_loss",
+    "contrastive_terms",
     "cross_attention",
     "explain",
     "explain_model",

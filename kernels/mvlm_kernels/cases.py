@@ -11,6 +11,7 @@ import torch
 
 from mvlm_kernels.add_layer_norm import cases as add_layer_norm
 from mvlm_kernels.case import Case
+from mvlm_kernels.contrastive_loss import cases as contrastive_loss
 from mvlm_kernels.cross_attention import cases as cross_attention
 from mvlm_kernels.gather_patches import cases as gather_patches
 from mvlm_kernels.gelu_linear import cases as gelu_linear
@@ -20,6 +21,7 @@ from mvlm_kernels.split_linear import cases as split_linear
 
 OPS: tuple[ModuleType, ...] = (
     add_layer_norm, gelu_linear, cross_attention, gather_patches, pixel_loss, place_tokens, split_linear,
+    contrastive_loss,
 )  # fmt: skip
 """Modules of the ops' cases, the most important op first. A new op is one line here."""
 

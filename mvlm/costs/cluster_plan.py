@@ -234,16 +234,28 @@ def collectives(setting: ClusterSetting, trained: int) -> list[Collective]:
     own, width = repeats * pairs, model.width
     senders = round((ranks - 1) * (1 - (1 - 1 / ranks) ** pairs))
     image, text = 2 * pairs * (1 + model.num_patches) * width, 2 * pairs * min(TOKENS, model.text_length) * width
+    embedding = model.itc_width * (1 if in_blocks(setting) else 2)  # of a pair: the caption, or the image too
     return [
         Collective("all-gather", "ids and draws", 3 * 8 * own, ranks),
         Collective("all-gather", "ids and draws", 2 * 4 * own, ranks),
-        Collective("all-gather", "embeddings", 2 * 2 * model.itc_width * own, ranks),
-        Collective("reduce-scatter", "embeddings", 2 * 4 * model.itc_width * own, ranks),  # their gradients, in fp32
+        Collective("all-gather", "embeddings", 2 * embedding * own, ranks),
+        Collective("reduce-scatter", "embeddings", 4 * embedding * own, ranks),  # their gradients, in fp32
         Collective("all-to-all", "features", image, ranks, 2 * repeats, senders=senders),
         Collective("all-to-all", "features", text, ranks, 2 * repeats, senders=senders),
+        *(_columns(setting) if in_blocks(setting) else ()),
         Collective("all-reduce", "losses and counts", 8, ranks),
         Collective("all-reduce", "losses and counts", 7 * 4, ranks),
         *(_sharded if setting.sharded else _replicated)(setting, trained),
+    ]
+
+
+def _columns(setting: ClusterSetting) -> list[Collective]:
+    """Columns of ITC's logits in blocks: largest ones and draws, then sums, and their gradients backward."""
+    every, ranks = setting.batch_size, setting.ranks
+    return [
+        Collective("all-reduce", "columns of logits", 3 * 4 * every, ranks),
+        Collective("all-reduce", "columns of logits", 8 * every, ranks),
+        Collective("all-reduce", "columns of logits", 4 * every, ranks, 2),
     ]
 
 
@@ -309,6 +321,7 @@ class PlannedStep(NamedTuple):
 OVERLAP = {
     "ids and draws": 1 / 6,
     "embeddings": 1 / 60,
+    "columns of logits": 0.0,
     "features": 1 / 6,
     "losses and counts": 1 / 6,
     "gradients": 0.4,
@@ -343,12 +356,18 @@ def planned_step(setting: ClusterSetting, cost: StepCost) -> PlannedStep:
 
 
 def _logit_seconds(setting: ClusterSetting) -> float:
-    """Work on ITC's logits, in both directions, and on the draws from them: products in fp32, and traffic of memory."""
+    """Work on ITC's logits and on the draws from them: products in fp32, and traffic of memory."""
     own, every, width = setting.batch_size // setting.ranks, setting.batch_size, setting.model.itc_width
-    rows = max(1, min(own, most_logits(setting) // every))
-    products, values = (6, 210) if rows == own else (8, 222)  # backward computes blocks of logits again
-    flops, moved = 2 * products * width, 4 * (values + products * width / rows)  # of one logit
+    # Counted by `python -m mvlm_benchmarks.kernels.contrastive`: products, values that move for each logit, and how
+    # often a product reads or writes a value of the width.
+    products, values, times = (4, 175, 2) if in_blocks(setting) else (6, 182, 1)
+    flops, moved = 2 * products * width, 4 * (values + times * products * width / own)  # of one logit
     return own * every * (flops / NODES[setting.gpu].fp32 + moved / GPUS[setting.gpu].bandwidth)
+
+
+def in_blocks(setting: ClusterSetting) -> bool:
+    """True if ITC computes its logits in blocks, both directions at once."""
+    return setting.batch_size // setting.ranks > max(1, most_logits(setting) // setting.batch_size)
 
 
 def most_logits(setting: ClusterSetting) -> int:

@@ -57,6 +57,17 @@ def linear_with_bias(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
+def contrastive_terms(image: Tensor, text: Tensor, *_: Any, **__: Any) -> int:
+    """One product of image (n, E) and text (G, E). Backward has two, for their gradients."""
+    return 2 * image.numel() * text.shape[0]
+
+
+def contrastive_terms_backward(
+    grad: Tensor, column_grad: Tensor, image: Tensor, text: Tensor, *_: Any, **__: Any
+) -> int:
+    return 2 * contrastive_terms(image, text)
+
+
 class _Raw:
     """A formula that takes the operator's arguments themselves. torch's counter passes shapes to a plain function."""
 
@@ -81,6 +92,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     },
     ours.cross_attention: _Raw(cross_attention),
     ours.cross_attention_backward: _Raw(cross_attention_backward),
+    ours.contrastive_terms: _Raw(contrastive_terms),
+    ours.contrastive_terms_backward: _Raw(contrastive_terms_backward),
 }
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # builds without oneDNN have none
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = _Raw(linear_with_bias)

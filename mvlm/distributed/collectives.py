@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -78,9 +78,11 @@ class Handle:
         return self._value
 
 
-def all_reduce(x: Tensor, layout: GlobalBatchLayout) -> Handle:
-    """Start to add x up over the ranks, in place."""
-    return Handle(dist.all_reduce(x, async_op=True) if layout.ranks > 1 else None, lambda: x)
+def all_reduce(x: Tensor, layout: GlobalBatchLayout, operation: Literal["sum", "max", "min"] = "sum") -> Handle:
+    """Start to reduce x over the ranks, in place, by default to its sum."""
+    if layout.ranks == 1:
+        return Handle(None, lambda: x)
+    return Handle(dist.all_reduce(x, getattr(dist.ReduceOp, operation.upper()), async_op=True), lambda: x)
 
 
 def all_gather(x: Tensor, layout: GlobalBatchLayout) -> Handle:

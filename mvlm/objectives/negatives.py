@@ -11,28 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Constants of SplitMix64 (Steele, Lea and Flood, 2014): the increment, and the two multipliers of the finaliser.
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX1 = 0xBF58476D1CE4E5B9
-_MIX2 = 0x94D049BB133111EB
-
-
-def _signed(value: int) -> int:
-    """Convert a 64-bit pattern to the int64 with the same bits, because torch computes with int64."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser, elementwise on int64. Products wrap around."""
-    x = (x ^ _shift(x, 30)) * _signed(_MIX1)
-    x = (x ^ _shift(x, 27)) * _signed(_MIX2)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift. The shift of int64 would copy the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+from mvlm_kernels.contrastive_loss.noise import gumbel_noise, noise_key
 
 
 def gumbel(seed: int, step: int | Tensor, direction: int, rows: Tensor, columns: Tensor) -> Tensor:
@@ -42,17 +21,7 @@ def gumbel(seed: int, step: int | Tensor, direction: int, rows: Tensor, columns:
     ranks that the batch is split over. `direction` is 0 or 1, as in `NegativeSampling.draw`. A `step` on the device, an
     int64 scalar, gives the same noise as the number; a CUDA graph needs that form.
     """
-    if torch.compiler.is_compiling() and not isinstance(step, Tensor):
-        # A number that changes is symbolic there, and torch cannot guard Python's arithmetic on it.
-        step = torch.full((), step, dtype=torch.int64, device=rows.device)
-    # torch.full fills the key on the device. torch.tensor would copy it from the host, and the step would wait.
-    key = torch.full((), _signed(seed * _GOLDEN + direction * _MIX2), dtype=torch.int64, device=rows.device)
-    key = key + (step * _signed(_MIX1) if isinstance(step, Tensor) else _signed(step * _MIX1))
-    by_row = _mix(_mix(key) + rows * _signed(_GOLDEN))[:, None]  # (R, 1)
-    bits = _mix(by_row + columns * _signed(_GOLDEN))  # (R, C)
-    # (k + 0.5) / 2^23 with k < 2^23 is exact in fp32, so it is never 0 or 1.
-    uniform = (_shift(bits, 41).float() + 0.5) / (1 << 23)
-    return -torch.log(-torch.log(uniform))
+    return gumbel_noise(noise_key(seed, step, direction, rows.device), rows[:, None], columns)
 
 
 MAX_PAIRS_PER_NEGATIVE = 32
@@ -127,6 +96,10 @@ class NegativeSampling(NamedTuple):
         scores = logits.detach() + gumbel(self.seed, self.step, direction, rows, columns)
         drawn = scores.masked_fill(~admissible, float("-inf")).argmax(dim=1)
         return torch.where(admissible.any(dim=1), drawn, rows)
+
+    def noise_keys(self) -> Tensor:
+        """Keys of the noise of both directions, int64 (2,), for `mvlm_kernels.contrastive_terms`."""
+        return torch.stack([noise_key(self.seed, self.step, direction, self.image_id.device) for direction in (0, 1)])
 
     def limited(self, texts: Tensor, images: Tensor) -> Negatives:
         """Negatives of all G pairs from the drawn captions and images int64 (G,)."""

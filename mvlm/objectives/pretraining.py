@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mvlm.config.groups import ObjectiveSettings
 from mvlm.config.model import MaskVLMConfig
+from mvlm.distributed.collectives import GlobalBatchLayout, all_reduce
 from mvlm.distributed.exchange import PairFeatures
 from mvlm.model.implementation import MASKED, Implementation
 from mvlm.model.network import MaskVLMNetwork
@@ -28,6 +29,7 @@ from mvlm.objectives.step import (
     Objective,
 )
 from mvlm_dataloading import Batch, Masks
+from mvlm_kernels import ContrastiveTerms, contrastive_terms
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class ITC(BatchObjective):
         return loss, accuracy
 
     def _shares(self, features: Features, image: str, text: str) -> tuple[Tensor, Tensor]:
-        draw = bool(features.step.of_negatives) and text == "text"
+        draw, layout = bool(features.step.of_negatives) and text == "text", features.step.layout
+        if features.in_blocks:
+            return self._shares_of_blocks(features, image, text, draw)
         sampling, bias = features.step.sampling, features.model.logit_bias
 
         def sums(direction: int, rows: Tensor, logits: Tensor) -> list[Tensor]:
@@ -95,8 +99,41 @@ class ITC(BatchObjective):
         (image_loss, image_correct, *texts), (text_loss, text_correct, *images) = both
         if draw:
             features.draws = torch.stack([*texts, *images], dim=1)
-        total = 2 * features.step.layout.total
+        total = 2 * layout.total
         return (image_loss + text_loss) / total, (image_correct + text_correct) / total
+
+    def _shares_of_blocks(self, features: Features, image: str, text: str, draw: bool) -> tuple[Tensor, Tensor]:
+        """`_shares` where the logits of both directions would come in blocks, each computed twice in each direction.
+
+        `contrastive_terms` computes each block once a pass. Its digits are others, so a smaller batch keeps the sums.
+        """
+        layout, sampling, model = features.step.layout, features.step.sampling, features.model
+        own, bias = features.gather(image, text), None if self.shared_positives else model.logit_bias
+        rows = layout.own_indices(own.image.device)
+        terms = contrastive_terms(
+            own.image, own.captions(), model.log_scale, bias=bias, rows=rows, image_id=sampling.image_id,
+            text_id=sampling.text_id, shared_positives=self.shared_positives,
+            noise_keys=sampling.noise_keys() if draw else None,
+        )  # fmt: skip
+        (top, best), drawn = _columns_of_all_ranks(terms, layout)
+        if draw:
+            features.draws = torch.stack([terms.drawn, drawn[rows]], dim=1)
+        # Every rank has all columns, and counts 1 / W of them as its share.
+        row_top, row_best = terms.row_best
+        correct = (row_best >= row_top).to(top.dtype).sum() + (best >= top).to(top.dtype).sum() / layout.ranks
+        if bias is not None:
+            return terms.rows.sum() / layout.total, correct / (2 * layout.total)
+        sums = features.global_sum((terms.columns - top).exp())
+        columns = (sums.log() + top).sum() / layout.ranks
+        return (terms.rows.sum() + columns) / (2 * layout.total), correct / (2 * layout.total)
+
+
+def _columns_of_all_ranks(terms: ContrastiveTerms, layout: GlobalBatchLayout) -> tuple[Tensor, Tensor]:
+    """Largest logit of each column over the rows of all ranks, and largest of its right pairs (2, G), and the row that
+    it draws, int64 (G,): of equal scores the first."""
+    largest = all_reduce(torch.cat([terms.column_best, terms.column_score[None]]), layout, "max").wait()
+    of_largest = torch.where(terms.column_score == largest[2], terms.column_drawn, layout.total)
+    return largest[:2], all_reduce(of_largest, layout, "min").wait()
 
 
 @dataclass(frozen=True)

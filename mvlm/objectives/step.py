@@ -138,21 +138,36 @@ class Embeddings:
     """Embeddings of a rank's n pairs, of unit length, image and text (n, E) each, and those of all ranks.
 
     Those of all ranks are gathered in one collective, in the dtype in which the step computes. Gradients travel in
-    their own dtype.
+    their own dtype. With `captions_alone` only the captions are, and the images when they are asked for.
     """
 
-    def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout) -> None:
-        self.image, self.text = image, text
+    def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout, captions_alone: bool = False) -> None:
+        self.image, self.text, self._layout = image, text, layout
         self._all: tuple[Tensor, ...] = (image, text) if layout.alone else ()
+        self._captions: Tensor | None = None
         if not layout.alone:
-            both = torch.cat([image, text], dim=1)  # (n, 2 E)
-            rows = all_gather(both.detach().to(both.dtype if layout.ranks == 1 else compute_dtype(both)), layout)
-            self._op = AsyncOp(both, lambda: rows.wait().to(both.dtype), lambda grad: reduce_scatter(grad, layout))
+            self._op = self._gather(text if captions_alone else torch.cat([image, text], dim=1))  # (n, E) or (n, 2 E)
+            self._captions_alone = captions_alone
+
+    def _gather(self, x: Tensor) -> AsyncOp:
+        layout = self._layout
+        rows = all_gather(x.detach().to(x.dtype if layout.ranks == 1 else compute_dtype(x)), layout)
+        return AsyncOp(x, lambda: rows.wait().to(x.dtype), lambda grad: reduce_scatter(grad, layout))
 
     def gathered(self) -> tuple[Tensor, ...]:
         """Images and captions of all ranks, (G, E) each, with gradients."""
-        self._all = self._all or self._op.wait().chunk(2, dim=1)
+        if not self._all:
+            alone = self._captions_alone
+            self._all = (self._gather(self.image).wait(), self.captions()) if alone else self._op.wait().chunk(2, dim=1)
         return self._all
+
+    def captions(self) -> Tensor:
+        """Captions of all ranks (G, E), with gradients."""
+        if self._all or not self._captions_alone:
+            return self.gathered()[1]
+        if self._captions is None:
+            self._captions = self._op.wait()
+        return self._captions
 
 
 @dataclass(eq=False)
@@ -205,7 +220,9 @@ class Features:
     def gather(self, image: str = "image", text: str = "text") -> Embeddings:
         """Embeddings of two streams. The first call starts to gather them."""
         if (image, text) not in self._gathered:
-            self._gathered[image, text] = Embeddings(self.embed(image), self.embed(text), self.step.layout)
+            self._gathered[image, text] = Embeddings(
+                self.embed(image), self.embed(text), self.step.layout, captions_alone=self.in_blocks
+            )
         return self._gathered[image, text]
 
     def global_sum(self, x: Tensor) -> Tensor:
@@ -222,6 +239,18 @@ class Features:
         # A rank's x is part of the sum on every rank: its gradient is the sum of theirs.
         total = all_reduce(x.detach().clone(), layout)
         return AsyncOp(x, total.wait, lambda grad: all_reduce(grad.clone(), layout)).wait()
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows of this rank's logits with all pairs that are in memory at a time."""
+        layout = self.step.layout
+        return layout.pairs if layout.alone else max(1, MAX_LOGITS // layout.total)
+
+    @property
+    def in_blocks(self) -> bool:
+        """True if the logits of this rank's pairs come in several blocks. ITC then gathers no images."""
+        layout = self.step.layout
+        return layout.microbatches * layout.pairs > self.rows_at_a_time
 
     def sum_over_logits(
         self,
@@ -257,7 +286,7 @@ class Features:
             def block(rows: Tensor, *own: Tensor, others: Any = others, direction: int = direction) -> Sequence[Tensor]:
                 return function(direction, rows, *map(contrastive_logits, own, others, scales))
 
-            blocks = list(zip(*(x.split(max(1, MAX_LOGITS // layout.total)) for x in (indices, *own)), strict=True))
+            blocks = list(zip(*(x.split(self.rows_at_a_time) for x in (indices, *own)), strict=True))
             run = block if len(blocks) == 1 else partial(checkpoint, block, use_reentrant=False)
             parts = zip(*(run(*rows) for rows in blocks), strict=True)
             found.append([_join(list(values)) for values in parts])

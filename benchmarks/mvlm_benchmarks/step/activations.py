@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mvlm_benchmarks.clock import cuda_peak_mb
@@ -20,7 +20,7 @@ Event = dict[str, Any]
 """A memory event in the profiler's trace: Ev Idx, Addr, Bytes (negative for a free), Device Type (0 = CPU)."""
 
 
-def peak_mb(backward: Callable[[], Any], parameters: Iterable[nn.Parameter], device: str) -> float:
+def peak_mb(backward: Callable[[], Any], parameters: Iterable[Tensor], device: str) -> float:
     """Measure the peak memory of `backward`, which runs one forward and backward pass, in megabytes (10^6 bytes).
 
     Gradients of parameters never count. On a CPU, no parameter has a gradient afterwards.

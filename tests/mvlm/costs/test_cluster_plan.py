@@ -101,14 +101,17 @@ class Moved(MemoryTracker):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "microbatches"), [(8, 2), (512, 1)])
-def test_planned_collectives_are_those_of_the_step(ranks, microbatches):
-    """All but the gradients, recorded while the real step runs among simulated ranks. Each feature is drawn once."""
+@pytest.mark.parametrize(("ranks", "microbatches", "pairs"), [(8, 2, 64), (512, 1, 64), (512, 1, 192)])
+def test_planned_collectives_are_those_of_the_step(ranks, microbatches, pairs):
+    """All but the gradients, recorded while the real step runs among simulated ranks. Each feature is drawn once.
+
+    Of 98,304 pairs ITC's logits come in blocks.
+    """
     model = micro_config(image_layers=1, text_layers=1, cross_layers=1, decoder_layers=1)
-    shape = StepShape(pairs=64, ranks=ranks, microbatches=microbatches)
+    shape = StepShape(pairs=pairs, ranks=ranks, microbatches=microbatches)
     with fake_step(model, shape) as (_, step), Moved(drawn_tokens(model, shape)) as moved:
         step()
-    plan = setting(model=model, nodes=ranks // 8, batch_size=64 * ranks * microbatches, accumulate=microbatches)
+    plan = setting(model=model, nodes=ranks // 8, batch_size=pairs * ranks * microbatches, accumulate=microbatches)
     planned = Counter()
     for x in collectives(plan, 0):
         name = {"all-gather": "allgather_base", "reduce-scatter": "reduce_scatter_base", "all-reduce": "allreduce"}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mvlm.costs.flops import counter
-from mvlm_kernels import cross_attention
+from mvlm_kernels import contrastive_terms, cross_attention
 
 
 def counted(step) -> int:
@@ -67,3 +67,10 @@ def test_cross_attention_counts_only_the_gradients_it_needs(needs, products) -> 
     """dP is needed for either; then one product for dQ, or one each for dK and dV."""
     q, k, v = (leaf(2, 5, 3, 32).requires_grad_(need) for need in (needs[0], needs[1], needs[1]))
     assert counted(lambda: cross_attention(q, k, v).sum().backward()) == products * 2 * 2 * 5 * 5 * 3 * 32
+
+
+def test_contrastive_loss_counts_one_product_and_two_backward() -> None:
+    image, text, log_scale = leaf(3, 8), leaf(5, 8), leaf(1)
+    terms = contrastive_terms(image, text, log_scale)
+    assert counted(lambda: contrastive_terms(image, text, log_scale)) == 2 * 3 * 5 * 8
+    assert counted(lambda: (terms.rows.sum() + terms.columns.sum()).backward()) == 2 * 2 * 3 * 5 * 8
