@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.device import autocast
+from mvlm.device import autocast, chosen_precision
 from mvlm.distributed.coordination import Notices, StepDecisions, run_on_all_ranks
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import Parallel, unsharded_copy
@@ -28,6 +28,7 @@ from mvlm.inference.masked import reconstruction_strip
 from mvlm.model.adaptation import adapt, learned
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import eager_buckets, pad_to_bucket
+from mvlm.model.shadow_weights import shadow_weights
 from mvlm.objectives.losses import Losses
 from mvlm.objectives.pretraining import KeepStart, objectives_of
 from mvlm.objectives.step import Objective
@@ -63,6 +64,7 @@ from mvlm.training.own_masks import drawn_by_user
 from mvlm.training.stopping import StopRequest, Watchdog
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, load_tokenizer
 from mvlm_dataloading.loader.resume import merge_states
+from mvlm_kernels.shadows import Shadows
 
 CHECKPOINT_SECONDS = 600.0
 """Time between checkpoints of a run that has no `checkpoint_every_steps`."""
@@ -133,6 +135,15 @@ class Trainer:
         """CUDA graphs that replay the steps of one rank, with --capture cuda-graphs; else None."""
         wanted = isinstance(self.config, PretrainConfig) and self.config.capture == "cuda-graphs"
         return CudaGraphs(self.forward_backward, self.model.parameters()) if wanted else None
+
+    @cached_property
+    def shadows(self) -> Shadows | None:
+        """Weights in bf16 from step to step, if the fast implementation computes in bf16 and torch does not compile it."""
+        config = self.config
+        compiled = isinstance(config, PretrainConfig) and config.capture == "compile"
+        if config.plan != "fast" or compiled or chosen_precision(self.device, config.precision) != "bf16":
+            return None
+        return shadow_weights(self.model)
 
     @property
     def backward(self) -> Callable[[list[tuple[Batch, Masks]], Any], Losses]:
@@ -226,7 +237,8 @@ class Trainer:
         self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
         # In compiled code and in CUDA graphs a Python number is a constant.
         step: Any = torch.full((), self.step, device=self.device) if self.config.fixed_shapes else self.step
-        losses = self.backward(microbatches, step)
+        with self.shadows.in_use() if self.shadows is not None else nullcontext():
+            losses = self.backward(microbatches, step)
         further = self.update(losses)
         self.step += 1
         if self.average is not None:
