@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.costs.step_cost import CPU, fake_microbatch, give_fake_tensors
+from mvlm.costs.step_cost import fake_microbatch, give_fake_tensors
 from mvlm.costs.step_kernels import model_of
 from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
@@ -123,18 +123,23 @@ def _count_update(preset: str, config: MaskVLMConfig, found: Operations) -> None
     """Count what follows backward: norms, clipping and the optimizer."""
     with torch.device("meta"):
         model = MaskVLM(config)
-    with FakeTensorMode():
+    gpu = torch.device("cuda")
+    with FakeTensorMode(), gpu:
         give_fake_tensors(model)
-        optimizer = make_optimizer(model, PretrainConfig.preset(preset, data=Path(), out=Path()), CPU)
+        settings = PretrainConfig.preset(preset, data=Path(), out=Path(), precision="bf16")
+        optimizer = make_optimizer(model, settings, gpu)
         for counting in (Operations(), found):  # the first step makes the optimizer's state
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter)
             with counting:
                 norm, _ = gradient_norms(model)
                 optimizer.clip(norm, 1.0)
-                optimizer.found_inf = (~finite_on_all_ranks(World(0, 1, 0, CPU), norm, norm)).float()
+                optimizer.found_inf = torch.zeros(())
                 optimizer.step()
                 model.clamp_temperature()
+    scalar = torch.zeros((), device="meta")
+    with found:
+        (~finite_on_all_ranks(World(0, 1, 0, scalar.device), scalar, scalar)).float()
 
 
 def main() -> None:
