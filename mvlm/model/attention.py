@@ -55,8 +55,8 @@ def adds_bias_later(device: torch.device) -> bool:
 def project(layer: nn.Linear, x: Tensor) -> Branch:
     """Apply a linear layer at the end of a sub-layer: (..., C') -> (..., C)."""
     if adds_bias_later(x.device):
-        return Branch(F.linear(x, shadows.autocast(layer.weight)), layer.bias)
-    return Branch(F.linear(x, shadows.autocast(layer.weight), shadows.autocast(layer.bias)))
+        return Branch(F.linear(x, shadows.under_autocast(layer.weight)), layer.bias)
+    return Branch(F.linear(x, shadows.under_autocast(layer.weight), shadows.under_autocast(layer.bias)))
 
 
 def add_norm(
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """Project rows (..., C) to queries (..., H, D)."""
-        weight, bias = shadows.autocast(self.query.weight), shadows.autocast(self.query.bias)
+        weight, bias = shadows.under_autocast(self.query.weight), shadows.under_autocast(self.query.bias)
         return F.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
 
     def project_out(self, heads: Tensor) -> Branch:
@@ -161,7 +161,7 @@ class Attention(nn.Module):
         # Everything is in `dtype` already. Autocast would copy the scores to fp32 for the softmax.
         with without_autocast(x.device):
             parameters = self.query.weight, self.query.bias, self.key.weight, self.value.weight, self.value.bias
-            query, query_bias, key, value, value_bias = shadows.cast_together(parameters, dtype)
+            query, query_bias, key, value, value_bias = shadows.cast(parameters, dtype)
             key, value = (weight.unflatten(0, (self.heads, -1)) for weight in (key, value))  # (H, D, C)
             q = F.linear(first, query, query_bias)  # (R, C)
             q = q.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, R, D)

@@ -138,7 +138,7 @@ class Trainer:
 
     @cached_property
     def shadows(self) -> Shadows | None:
-        """Weights in bf16 from step to step, if the fast implementation computes in bf16 and torch does not compile it."""
+        """Copies of the weights in bf16, where the fast implementation computes in it and is not compiled; else None."""
         config = self.config
         compiled = isinstance(config, PretrainConfig) and config.capture == "compile"
         if config.plan != "fast" or compiled or chosen_precision(self.device, config.precision) != "bf16":

@@ -102,8 +102,8 @@ def _gelu_backward_fake(grad, h, h_bias, again):
 
 def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = activated.dtype
-    bias = None if bias is None else bias.to(dtype)
-    return linear(activated, weight.to(dtype), bias)  # in this dtype, as backward does
+    weight, bias = shadows.converted(weight, dtype), None if bias is None else shadows.converted(bias, dtype)
+    return linear(activated, weight, bias)  # in this dtype, as backward does
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -115,9 +115,9 @@ class _GeluLinear(torch.autograd.Function):
         activated = _gelu_op.in_function(h)(h, h_bias)
         wanted = differentiable and ctx.needs_input_grad[1]
         keep, ctx.held = room.save(activated) if wanted else (False, None)
-        shadow = shadows.found(weight, h.dtype)
+        shadow = shadows.held(weight, h.dtype)
         ctx.save_for_backward(h, weight, h_bias, activated if keep else None, shadow)
-        out = _linear(activated, weight if shadow is None else shadow, bias if bias is None else shadows.cast(bias, h.dtype))
+        out = _linear(activated, weight, bias)
         # F.linear may give a view of its product, and autograd forbids to write to a view that a Function made.
         return torch.ops.aten._unsafe_view(out, out.shape)
 
