@@ -23,19 +23,22 @@ class _Shadow(NamedTuple):
     """First row of the copy in the stack."""
 
 
-class _Group:
-    """Parameters whose gradients are converted by one operation, when all of them are known."""
+class _Block:
+    """What :meth:`Shadows.in_use` puts in force. Parameters are known by their ids."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.shadows: dict[int, _Shadow] = {}
+        self.groups: dict[int, Sequence[nn.Parameter]] = {}
+        """Parameters whose gradients are converted by one operation, when all of them are known."""
         self.lent: dict[int, Tensor] = {}
-        """Copies in this step's graph by the id of their parameter; empty before the first is read."""
+        """Copies that are in the graph of this step, as results of one node a group."""
+        self.stacked: dict[tuple[int, ...], Tensor] = {}
+        """Copies of several parameters that lie one after another."""
 
 
-_in_use: dict[int, _Shadow] = {}
-"""Shadows of the block in force by the id of their parameter, for all threads: backward may recompute layers."""
-_groups: dict[int, _Group] = {}
-"""Groups of the block in force by the ids of their parameters."""
+_block: _Block | None = None
+"""The block in force, for all threads: backward may recompute layers in others."""
 
 
 class Shadows:
@@ -50,20 +53,15 @@ class Shadows:
     def __init__(
         self, stacks: Sequence[Sequence[nn.Parameter]], groups: Sequence[Sequence[nn.Parameter]], dtype: torch.dtype
     ) -> None:
-        self._parameters = [p for stack in stacks for p in stack]
-        self._shadows: dict[int, _Shadow] = {}
+        self._block, self._parameters = _Block(dtype), [p for stack in stacks for p in stack]
         for stack in stacks:
             lengths = [len(p) for p in stack]
             whole = stack[0].detach().new_empty((sum(lengths), *stack[0].shape[1:]), dtype=dtype)
             for i, (parameter, value) in enumerate(zip(stack, whole.split(lengths), strict=True)):
-                self._shadows[id(parameter)] = _Shadow(value, whole, sum(lengths[:i]))
-        self._copies = [self._shadows[id(p)].value for p in self._parameters]
-        self._groups = {id(p): group for group in map(_Group, groups) for p in group.parameters}
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All copies, in the order of their parameters in the stacks."""
-        return self._copies
+                self._block.shadows[id(parameter)] = _Shadow(value, whole, sum(lengths[:i]))
+        self._block.groups = {id(p): group for group in groups for p in group}
+        self.tensors = [self._block.shadows[id(p)].value for p in self._parameters]
+        """All copies."""
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -71,25 +69,24 @@ class Shadows:
 
         NOTE: weights must not change inside the block. Products would go on with copies of the old ones.
         """
-        global _in_use, _groups
+        global _block
         with torch.no_grad():
             # One kernel for all. torch has no public name for its list-wise operations. Weights that have not changed
             # are copied too: fused optimizers leave the version of a tensor as it was.
-            torch._foreach_copy_(self._copies, self._parameters)  # pyright: ignore[reportPrivateImportUsage]
-        before = _in_use, _groups
-        _in_use, _groups = self._shadows, self._groups
+            torch._foreach_copy_(self.tensors, self._parameters)  # pyright: ignore[reportPrivateImportUsage]
+        before, _block = _block, self._block
         try:
             yield
         finally:
-            _in_use, _groups = before
-            for group in self._groups.values():
-                group.lent = {}  # it holds the graph, which holds the parameters
+            _block = before
+            self._block.lent = {}  # it holds the graph, which holds the parameters
 
 
 def held(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Copy of the parameter in this dtype, without a gradient; None if it has none in the block in force."""
-    shadow = _find(parameter, dtype)
-    return None if shadow is None else shadow.value
+    block = _of_dtype(dtype)
+    found = None if block is None else block.shadows.get(id(parameter))
+    return None if found is None else found.value
 
 
 def converted(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,17 +97,28 @@ def converted(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 def stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Parameters (W, ..) of equal shapes, one after another, in another dtype, without a gradient."""
+    block, key = _of_dtype(dtype), tuple(map(id, parameters))
+    if block is not None:
+        if key in block.stacked:
+            return block.stacked[key]
+        if (neighbours := _neighbours([block.shadows.get(name) for name in key])) is not None:
+            block.stacked[key] = neighbours
+            return neighbours
     first, rows = parameters[0], len(parameters[0])
-    found = [_find(p, dtype) for p in parameters]
-    start = found[0]
-    if start is not None and all(
-        x is not None and x.stack is start.stack and x.row == start.row + i * rows for i, x in enumerate(found)
-    ):
-        return start.stack.narrow(0, start.row, len(parameters) * rows)
     whole = first.new_empty((len(parameters) * rows, *first.shape[1:]), dtype=dtype)
     for parameter, part in zip(parameters, whole.split(rows), strict=True):
         part.copy_(parameter)
     return whole
+
+
+def _neighbours(found: Sequence[_Shadow | None]) -> Tensor | None:
+    """Rows of a stack that are these copies, one after another; None if they are not."""
+    first, rows = found[0], 0
+    for x in found:
+        if first is None or x is None or x.stack is not first.stack or x.row != first.row + rows:
+            return None
+        rows += len(x.value)
+    return None if first is None else first.stack.narrow(0, first.row, rows)
 
 
 def under_autocast(parameter: nn.Parameter) -> Tensor:
@@ -118,39 +126,41 @@ def under_autocast(parameter: nn.Parameter) -> Tensor:
 
     Gradients of all products of a step are added up in the copy's dtype and then converted, as behind autocast's casts.
     """
-    group = _groups.get(id(parameter)) if _groups and not torch.compiler.is_compiling() else None
-    dtype = None if group is None else dispatch.autocast_dtype(parameter.device)
-    shadow = None if dtype is None else _find(parameter, dtype)
-    if group is None or shadow is None:
+    if _block is None or torch.compiler.is_compiling():
+        return parameter
+    name, dtype = id(parameter), dispatch.autocast_dtype(parameter.device)
+    block = None if dtype is None else _of_dtype(dtype)
+    if block is None or name not in block.groups:
         return parameter
     if not torch.is_grad_enabled():
-        return shadow.value
-    if not group.lent:
-        copies = _lend(group.parameters, [_in_use[id(p)].value for p in group.parameters])
-        group.lent = dict(zip(map(id, group.parameters), copies, strict=True))
-    return group.lent[id(parameter)]
+        return block.shadows[name].value
+    if name not in block.lent:
+        group = block.groups[name]
+        copies = _lend(group, [block.shadows[id(p)].value for p in group])
+        block.lent.update(zip(map(id, group), copies, strict=True))
+    return block.lent[name]
 
 
 def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """Parameters in another dtype, differentiable. Gradients of these casts are converted before they are added up."""
-    copies = [x.value for p in parameters if (x := _find(p, dtype)) is not None]
+    copies = [x for p in parameters if (x := held(p, dtype)) is not None]
     if len(copies) < len(parameters):
         return [p.to(dtype) for p in parameters]
     return _lend(parameters, copies) if torch.is_grad_enabled() else copies
 
 
-def _find(parameter: Tensor, dtype: torch.dtype) -> _Shadow | None:
-    if not _in_use or torch.compiler.is_compiling() or registration.transformed():
+def _of_dtype(dtype: torch.dtype) -> _Block | None:
+    """The block in force, if its copies have this dtype and no compiler or transform is active."""
+    if _block is None or torch.compiler.is_compiling() or _block.dtype != dtype or registration.transformed():
         return None
-    found = _in_use.get(id(parameter))
-    return found if found is not None and found.value.dtype == dtype else None
+    return _block
 
 
-def _lend(parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
+def _lend(parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> Sequence[Tensor]:
     """Copies of parameters; those of parameters that learn are results of one node of the graph."""
     learns = [p.requires_grad for p in parameters]
     if not any(learns):
-        return list(copies)
+        return copies
     learning = [p for p in parameters if p.requires_grad]
     lent: Any = _Lend.apply([x for x, y in zip(copies, learns, strict=True) if y], *learning)
     in_graph = iter(lent)
@@ -164,13 +174,13 @@ class _Lend(torch.autograd.Function):
     def forward(ctx: Any, copies: list[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.dtypes = [p.dtype for p in parameters]
-        return tuple(x.detach() for x in copies)
+        return tuple([x.detach() for x in copies])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs = list(zip(grads, ctx.dtypes, strict=True))
         if torch.is_grad_enabled():  # with create_graph=True
-            return None, *(None if x is None else x.to(dtype) for x, dtype in pairs)
+            return None, *[None if x is None else x.to(dtype) for x, dtype in pairs]
         found = [None if x is None else torch.empty_like(x, dtype=dtype) for x, dtype in pairs]
         given = [x for x in grads if x is not None]
         if given:

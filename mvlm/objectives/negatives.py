@@ -30,6 +30,15 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def _mix_number(x: int) -> int:
+    """SplitMix64's finaliser of a 64-bit pattern, on the host."""
+    mask = (1 << 64) - 1
+    x &= mask
+    x = (x ^ (x >> 30)) * _MIX1 & mask
+    x = (x ^ (x >> 27)) * _MIX2 & mask
+    return x ^ (x >> 31)
+
+
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift. The shift of int64 would copy the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
@@ -45,10 +54,12 @@ def gumbel(seed: int, step: int | Tensor, direction: int, rows: Tensor, columns:
     if torch.compiler.is_compiling() and not isinstance(step, Tensor):
         # A number that changes is symbolic there, and torch cannot guard Python's arithmetic on it.
         step = torch.full((), step, dtype=torch.int64, device=rows.device)
-    # torch.full fills the key on the device. torch.tensor would copy it from the host, and the step would wait.
-    key = torch.full((), _signed(seed * _GOLDEN + direction * _MIX2), dtype=torch.int64, device=rows.device)
-    key = key + (step * _signed(_MIX1) if isinstance(step, Tensor) else _signed(step * _MIX1))
-    by_row = _mix(_mix(key) + rows * _signed(_GOLDEN))[:, None]  # (R, 1)
+    key = seed * _GOLDEN + direction * _MIX2
+    if isinstance(step, Tensor):
+        mixed = _mix(step * _signed(_MIX1) + _signed(key))
+    else:
+        mixed = _signed(_mix_number(key + step * _MIX1))
+    by_row = _mix(rows * _signed(_GOLDEN) + mixed)[:, None]  # (R, 1)
     bits = _mix(by_row + columns * _signed(_GOLDEN))  # (R, C)
     # (k + 0.5) / 2^23 with k < 2^23 is exact in fp32, so it is never 0 or 1.
     uniform = (_shift(bits, 41).float() + 0.5) / (1 << 23)

@@ -138,7 +138,7 @@ class Trainer:
 
     @cached_property
     def shadows(self) -> Shadows | None:
-        """Copies of the weights in bf16, where the fast implementation computes in it and is not compiled; else None."""
+        """Copies of the weights in bf16, if the fast implementation computes in it and is not compiled; else None."""
         config = self.config
         compiled = isinstance(config, PretrainConfig) and config.capture == "compile"
         if config.plan != "fast" or compiled or chosen_precision(self.device, config.precision) != "bf16":

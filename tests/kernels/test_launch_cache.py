@@ -35,7 +35,7 @@ KINDS = """
 from mvlm_kernels.aot import signature
 from mvlm_kernels.launch_cache import kinds
 
-INTS = [0, 1, 2, 16, 17, 48, -1, -16, 2**31 - 1, 2**31, 2**31 + 8, -(2**31), -(2**31) - 16, 2**40 + 1, 2**63, 2**63 + 16]
+INTS = [0, 1, 2, 16, 17, 48, -1, -16, 2**31 - 1, 2**31, 2**31 + 8, -(2**31), -(2**31) - 16, 2**40, 2**63, 2**63 + 16]
 draw, found, compiled = random.Random(0), {}, set()
 
 
