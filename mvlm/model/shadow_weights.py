@@ -1,6 +1,7 @@
 """Shadow weights of a model: the parameters that have copies in the dtype of products (`mvlm_kernels.shadows`)."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -25,6 +26,11 @@ def shadow_weights(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Sha
     stacks = [stack for block in blocks for stack in _stacks(block) if stack]
     groups = [group for block in blocks if (group := _read_under_autocast(block))]
     return Shadows(stacks, groups, dtype)
+
+
+def using(shadows: Shadows | None) -> AbstractContextManager[None]:
+    """Context of the forward and backward passes of a step: the copies are made and read, if there are any."""
+    return nullcontext() if shadows is None else shadows.in_use()
 
 
 def _stacks(block: nn.Module) -> Iterator[list[nn.Parameter]]:

@@ -28,7 +28,7 @@ from mvlm.inference.masked import reconstruction_strip
 from mvlm.model.adaptation import adapt, learned
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import eager_buckets, pad_to_bucket
-from mvlm.model.shadow_weights import shadow_weights
+from mvlm.model.shadow_weights import shadow_weights, using
 from mvlm.objectives.losses import Losses
 from mvlm.objectives.pretraining import KeepStart, objectives_of
 from mvlm.objectives.step import Objective
@@ -138,12 +138,15 @@ class Trainer:
 
     @cached_property
     def shadows(self) -> Shadows | None:
-        """Copies of the weights in bf16, if the fast implementation computes in it and is not compiled; else None."""
+        """Copies of the weights in bf16, if the fast implementation computes in it; else None.
+
+        A compiler casts weights inside its kernels. Runs that recompute activations have no memory to spare.
+        """
         config = self.config
         compiled = isinstance(config, PretrainConfig) and config.capture == "compile"
-        if config.plan != "fast" or compiled or chosen_precision(self.device, config.precision) != "bf16":
+        if config.plan != "fast" or compiled or config.checkpoint_activations:
             return None
-        return shadow_weights(self.model)
+        return shadow_weights(self.model) if chosen_precision(self.device, config.precision) == "bf16" else None
 
     @property
     def backward(self) -> Callable[[list[tuple[Batch, Masks]], Any], Losses]:
@@ -237,7 +240,7 @@ class Trainer:
         self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
         # In compiled code and in CUDA graphs a Python number is a constant.
         step: Any = torch.full((), self.step, device=self.device) if self.config.fixed_shapes else self.step
-        with self.shadows.in_use() if self.shadows is not None else nullcontext():
+        with using(self.shadows):
             losses = self.backward(microbatches, step)
         further = self.update(losses)
         self.step += 1
