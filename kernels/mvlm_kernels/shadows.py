@@ -79,7 +79,8 @@ class Shadows:
             yield
         finally:
             _block = before
-            self._block.lent = {}  # it holds the graph, which holds the parameters
+            # Of this step alone: a parameter may stop to learn, and a CUDA graph is captured on another stream.
+            self._block.lent = {}
 
 
 def held(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -96,7 +97,7 @@ def converted(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Parameters (W, ..) of equal shapes, one after another, in another dtype, without a gradient."""
+    """Parameters (W, ..) of equal shapes, one after another, in another dtype. Call it where gradients are off."""
     block, key = _of_dtype(dtype), tuple(map(id, parameters))
     if block is not None:
         if key in block.stacked:
@@ -143,9 +144,10 @@ def under_autocast(parameter: nn.Parameter) -> Tensor:
 
 def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """Parameters in another dtype, differentiable. Gradients of these casts are converted before they are added up."""
-    copies = [x for p in parameters if (x := held(p, dtype)) is not None]
-    if len(copies) < len(parameters):
+    block = _of_dtype(dtype)
+    if block is None or any(id(p) not in block.shadows for p in parameters):
         return [p.to(dtype) for p in parameters]
+    copies = [block.shadows[id(p)].value for p in parameters]
     return _lend(parameters, copies) if torch.is_grad_enabled() else copies
 
 
