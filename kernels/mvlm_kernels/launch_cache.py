@@ -17,7 +17,7 @@ _MOST = 4096
 
 
 class _Known(NamedTuple):
-    """What all launches of a kind share."""
+    """A compiled kernel, with all that launches of a kind share."""
 
     compiled: Any
     run: Any
@@ -62,7 +62,7 @@ def _remember(key: tuple[Any, ...], kernel: Any, compiled: Any, constants: list[
 
 
 def kinds(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """What Triton may specialise a kernel for, of each argument; None for arguments that are not known here.
+    """Kinds of the arguments, as far as Triton may specialise a kernel for them; None if one is not known here.
 
     Of a tensor the dtype, and whether it begins at 16 bytes; of an int, whether it is 1 or divides by 16, and the bits
     it needs. Where Triton specialises less, there are several kinds of one compiled kernel.

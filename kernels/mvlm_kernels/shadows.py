@@ -24,7 +24,7 @@ class _Shadow(NamedTuple):
 
 
 class _Block:
-    """What :meth:`Shadows.in_use` puts in force. Parameters are known by their ids."""
+    """Copies that :meth:`Shadows.in_use` puts in force, by the ids of their parameters."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

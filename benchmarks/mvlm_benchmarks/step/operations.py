@@ -8,7 +8,7 @@ apart: they take the host's time alone. The update runs on fake tensors. The num
 
 Meta tensors know no autocast, so linear layers are cast as it would: each weight once in a forward pass. SDPA is one
 operation in either pass, as its fused kernels are. What ops compute once for all readers of an index is counted for
-each reader, because the counter sees all tensors as special: 42 operations too many for `base`.
+each reader, because the counter sees all tensors as special: some 40 operations too many for `base`.
 """
 
 import argparse
