@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm_kernels import dispatch, registration
@@ -122,7 +123,7 @@ def _neighbours(found: Sequence[_Shadow | None]) -> Tensor | None:
     return None if first is None else first.stack.narrow(0, first.row, rows)
 
 
-def under_autocast(parameter: nn.Parameter) -> Tensor:
+def under_autocast(parameter: Tensor) -> Tensor:
     """The parameter as a product under autocast reads it: its copy, or itself, which autocast casts.
 
     Gradients of all products of a step are added up in the copy's dtype and then converted, as behind autocast's casts.
@@ -140,6 +141,14 @@ def under_autocast(parameter: nn.Parameter) -> Tensor:
         copies = _lend(group, [block.shadows[id(p)].value for p in group])
         block.lent.update(zip(map(id, group), copies, strict=True))
     return block.lent[name]
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a linear layer, by the copies of its parameters if it has any."""
+    # `layer.weight` would compute a weight that has an adapter.
+    weight = None if _block is None else layer._parameters.get("weight")
+    copy = None if weight is None else under_autocast(weight)
+    return layer(x) if copy is None or copy is weight else F.linear(x, copy, under_autocast(layer.bias))
 
 
 def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:

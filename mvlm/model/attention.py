@@ -56,14 +56,7 @@ def project(layer: nn.Linear, x: Tensor) -> Branch:
     """Apply a linear layer at the end of a sub-layer: (..., C') -> (..., C)."""
     if adds_bias_later(x.device):
         return Branch(F.linear(x, shadows.under_autocast(layer.weight)), layer.bias)
-    return Branch(apply(layer, x))
-
-
-def apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a linear layer by the copies of its parameters, if they have any."""
-    weight = layer.weight
-    copy = shadows.under_autocast(weight)
-    return layer(x) if copy is weight else F.linear(x, copy, shadows.under_autocast(layer.bias))
+    return Branch(shadows.linear(layer, x))
 
 
 def add_norm(
@@ -140,7 +133,7 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """Project rows (..., C) to queries (..., H, D)."""
-        return apply(self.query, x).unflatten(-1, (self.heads, -1))
+        return shadows.linear(self.query, x).unflatten(-1, (self.heads, -1))
 
     def project_out(self, heads: Tensor) -> Branch:
         """Output projection: heads (..., H, D) -> (..., C)."""

@@ -5,11 +5,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm_kernels import gelu_linear
-from mvlm_kernels.shadows import Shadows, cast, held, stacked, under_autocast
+from mvlm_kernels.shadows import Shadows, cast, held, linear, stacked, under_autocast
 from mvlm_kernels.split_linear import split_linear
 
 pytestmark = pytest.mark.plain_empty
@@ -26,11 +25,6 @@ def shadows_of(model: nn.ModuleList) -> Shadows:
     a, b, c, d = model
     stacks = [[x.weight for x in (a, b, c)], [x.bias for x in (a, b, c)], [d.weight], [d.bias]]
     return Shadows(stacks, [[a.weight, a.bias, d.weight]], BF16)
-
-
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(layer, nn.Linear)
-    return F.linear(x, under_autocast(layer.weight), under_autocast(layer.bias))
 
 
 def output(model: nn.ModuleList, x: Tensor) -> Tensor:
