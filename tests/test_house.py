@@ -57,9 +57,9 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"cases"},
         {"integrations", "layers"},
         {path.parent.name for path in PACKAGES["mvlm_kernels"].glob("*/cases.py")},  # the ops
-        {"case", "language", "arguments", "linear"},
+        {"case", "language", "arguments", "linear", "shadows"},
         {"dispatch", "registration"},
-        {"hardware"},
+        {"hardware", "launch_cache"},
     ],
     "triton_proof": [
         {"__main__", "plugin"},

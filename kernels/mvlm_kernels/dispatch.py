@@ -20,6 +20,8 @@ from typing import Any, Literal, NewType, TypeVar, cast
 
 import torch
 
+from mvlm_kernels import launch_cache
+
 Op = TypeVar("Op", bound=Callable[..., Any])
 Result = TypeVar("Result")
 
@@ -396,11 +398,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     elif 0 not in grid:
         # Triton launches on the current device, even if the arguments are on another one.
         device = _device_of(args)
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                kernel[grid](*args, **meta)
-        else:
+        if device.type != "cuda":
             kernel[grid](*args, **meta)
+        elif device.index == torch.cuda.current_device():
+            launch_cache.launch(kernel, grid, args, meta, device.index)
+        else:
+            with torch.cuda.device(device):
+                launch_cache.launch(kernel, grid, args, meta, device.index)
 
 
 def _device_of(args: tuple[Any, ...]) -> torch.device:

@@ -151,6 +151,7 @@ class ClusterSetting:
             tokens=min(TOKENS, self.model.text_length),
             longest=min(LONGEST, self.model.text_length),
             checkpointed=self.checkpointed,
+            sharded=self.sharded,
             parts=self.parts,
         )
 
@@ -220,6 +221,8 @@ def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
         config = setting.model
         outside = 4 * config.width * (2 * config.vocab_size + config.patch_values + 4 * config.width)
         rows["gathered parameters"] = outside + 2 * 2 * 16 * config.width**2
+    if cost.copies:
+        rows["weights in bf16"] = cost.copies
     if setting.graphs:  # beside the memory of eager steps, which the first batch of each shape takes
         rows |= {"graphs: activations": cost.peak, f"graphs: gradients of at most {MAX_GRAPHS}": MAX_GRAPHS * learned}
     return rows | {f"activations: {name}": size for name, size in sorted(cost.parts.items())}

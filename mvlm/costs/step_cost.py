@@ -35,6 +35,7 @@ from mvlm.distributed.world import World
 from mvlm.model.adaptation import adapt
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
+from mvlm.model.shadow_weights import shadow_weights, using
 from mvlm.objectives.negatives import NegativeSampling
 from mvlm.objectives.pretraining import ALL
 from mvlm.objectives.step import Objective
@@ -89,6 +90,8 @@ class StepShape:
     bf16: bool = True
     gpu: bool = True
     """Dtypes and shapes of a GPU's step: LayerNorm in fp32, and padding to sizes that the host knows."""
+    sharded: bool = False
+    """True if parameters are gathered a block at a time, by FSDP2, and have no copies in bf16."""
     parts: PartSettings = FULL
     """Learning of each part of the model: all weights, none, or adapters."""
 
@@ -109,6 +112,8 @@ class StepCost:
     """Peak bytes of the tensors that the step made, gradients included."""
     parts: dict[str, int]
     """Bytes at the peak by origin: blocks of a part of the model, code between blocks, or a backward pass."""
+    copies: int = 0
+    """Bytes of the copies of weights in bf16 (`mvlm.model.shadow_weights`), which `peak` leaves out."""
 
     @property
     def sizes(self) -> str:
@@ -218,7 +223,7 @@ def _choices_of_a_gpu() -> Iterator[None]:
 def step_cost(config: MaskVLMConfig, shape: StepShape, objectives: Sequence[Objective] = ALL) -> StepCost:
     """Count one step of rank 0. It takes seconds. RuntimeError inside a process group, because it makes a fake one."""
     with fake_step(config, shape, objectives) as (model, step):
-        return counted(model, step, drawn_tokens(config, shape), shape.gpu)
+        return counted(model, step, drawn_tokens(config, shape), shape)
 
 
 @contextlib.contextmanager
@@ -277,22 +282,27 @@ def simulated_ranks(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def counted(model: nn.Module, step: Callable[[], object], rows: int, gpu: bool) -> StepCost:
+def counted(model: nn.Module, step: Callable[[], object], rows: int, shape: StepShape) -> StepCost:
     """Count a step of a model of fake tensors, or of a task around it; called inside FakeTensorMode.
 
     Args:
         rows: what a fake tensor answers if it is asked for a number: rows of captions.
-        gpu: count LayerNorm in the dtype of a GPU's step, and keep no GELU for backward.
+        shape: of the step. For a GPU, LayerNorm is counted in the dtype of its step, and no GELU is kept for backward.
     """
-    with MemoryTracker(rows) as tracker, _choices_of_a_gpu() if gpu else contextlib.nullcontext():
-        tracker.ignore([*model.parameters(), *model.buffers()])
+    shadows = shadow_weights(model) if shape.bf16 and not (shape.sharded or shape.checkpointed) else None
+    copies = [] if shadows is None else shadows.tensors
+    with MemoryTracker(rows) as tracker, _choices_of_a_gpu() if shape.gpu else contextlib.nullcontext():
+        tracker.ignore([*model.parameters(), *model.buffers(), *copies])
         tracker.track_blocks(model)
-        step()
+        with using(shadows):
+            step()
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = {name: size for name, size in tracker.parts.items() if size}
     forward = tracker.flops - tracker.backward_flops
-    return StepCost(parameters, trained, forward, tracker.backward_flops, tracker.peak, parts)
+    return StepCost(
+        parameters, trained, forward, tracker.backward_flops, tracker.peak, parts, sum(x.nbytes for x in copies)
+    )
 
 
 def autocast_of(shape: StepShape) -> torch.autocast:

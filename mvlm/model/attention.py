@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mvlm.device import compute_dtype
 from mvlm.model.packing import Packing
-from mvlm_kernels import add_layer_norm, gelu_linear
+from mvlm_kernels import add_layer_norm, gelu_linear, shadows
 from mvlm_kernels.cross_attention import attend_heads
 from mvlm_kernels.dispatch import without_autocast
 from mvlm_kernels.split_linear import split_linear
@@ -55,8 +55,8 @@ def adds_bias_later(device: torch.device) -> bool:
 def project(layer: nn.Linear, x: Tensor) -> Branch:
     """Apply a linear layer at the end of a sub-layer: (..., C') -> (..., C)."""
     if adds_bias_later(x.device):
-        return Branch(F.linear(x, layer.weight), layer.bias)
-    return Branch(layer(x))
+        return Branch(F.linear(x, shadows.under_autocast(layer.weight)), layer.bias)
+    return Branch(shadows.linear(layer, x))
 
 
 def add_norm(
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """Project rows (..., C) to queries (..., H, D)."""
-        return self.query(x).unflatten(-1, (self.heads, -1))
+        return shadows.linear(self.query, x).unflatten(-1, (self.heads, -1))
 
     def project_out(self, heads: Tensor) -> Branch:
         """Output projection: heads (..., H, D) -> (..., C)."""
@@ -159,10 +159,10 @@ class Attention(nn.Module):
         first, x = first.to(dtype), x.to(dtype)
         # Everything is in `dtype` already. Autocast would copy the scores to fp32 for the softmax.
         with without_autocast(x.device):
-            key, value = (
-                layer.weight.to(dtype).unflatten(0, (self.heads, -1)) for layer in (self.key, self.value)
-            )  # (H, D, C)
-            q = F.linear(first, self.query.weight.to(dtype), self.query.bias.to(dtype))  # (R, C)
+            parameters = self.query.weight, self.query.bias, self.key.weight, self.value.weight, self.value.bias
+            query, query_bias, key, value, value_bias = shadows.cast(parameters, dtype)
+            key, value = (weight.unflatten(0, (self.heads, -1)) for weight in (key, value))  # (H, D, C)
+            q = F.linear(first, query, query_bias)  # (R, C)
             q = q.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, R, D)
             folded = (q * q.shape[-1] ** -0.5) @ key  # (H, R, C), W_k^T q of each head
             scores = folded.transpose(0, 1) @ x.transpose(1, 2)  # (R, H, L)
@@ -170,7 +170,7 @@ class Attention(nn.Module):
                 scores = scores.masked_fill(~key_mask[:, None, :], float("-inf"))
             mean = scores.softmax(-1) @ x  # (R, H, C)
             heads = mean.transpose(0, 1) @ value.transpose(1, 2)  # (H, R, D)
-            heads = heads.transpose(0, 1).flatten(1) + self.value.bias.to(dtype)  # (R, C)
+            heads = heads.transpose(0, 1).flatten(1) + value_bias  # (R, C)
         return project(self.out, heads)
 
 

@@ -39,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, row_weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rows = max(1, LOGITS_PER_CHUNK.get(x.device.type, LOGITS_PER_CHUNK["cpu"]) // len(weight))
+        rows = max(1, LOGITS_PER_CHUNK["cpu" if x.device.type == "cpu" else "cuda"] // len(weight))
         with without_autocast(x.device):
             w, b = weight.to(x.dtype), bias.to(x.dtype)
             # The number of targets stays on the device: with it on the host, every step would wait for the device.

@@ -60,7 +60,7 @@ def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
             losses.total.backward()
 
         # A GPU's host does not know how many tokens the captions have together, and takes a bound.
-        return counted(head, step, images * shape.pairs * round_up_length(batch.max_length), shape.gpu)
+        return counted(head, step, images * shape.pairs * round_up_length(batch.max_length), shape)
 
 
 def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: float) -> str:

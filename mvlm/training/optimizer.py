@@ -22,6 +22,10 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import chosen_precision
 from mvlm.model.network import PIXEL_MODULES
 
+# Operations on a list of tensors are one kernel on a GPU. torch has no public names for them.
+_foreach_copy_, _foreach_div_, _foreach_mul_ = torch._foreach_copy_, torch._foreach_div_, torch._foreach_mul_
+_foreach_lerp_, _foreach_sub_ = torch._foreach_lerp_, torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]
+
 
 class GuardedAdamW(torch.optim.AdamW):
     """Fused AdamW that can clip gradients and skip an update, without a host sync and without a pass of its own.
@@ -50,8 +54,9 @@ ITERATIONS = 5
 """Newton-Schulz iterations of an update."""
 # Coefficients of x, x^3 and x^5 that raise small singular values fast; those from 0.002 up end between 0.68 and 1.2.
 _X, _X3, _X5 = 3.4445, -4.7750, 2.0315
-# On a CPU so many matrices of a small model stay in a core's L2 cache.
-_MATRICES_OF_A_PRODUCT = 8
+_MATRICES_OF_A_PRODUCT = {"cpu": 8, "cuda": 64}
+"""Most matrices that are updated together. On a CPU so many of a small model stay in a core's L2 cache. On a GPU each
+further product is a few more operations for the host."""
 
 
 class GuardedMuon(GuardedAdamW):
@@ -77,28 +82,38 @@ class GuardedMuon(GuardedAdamW):
         """Update a few matrices of one shape."""
         rate: Any = group["lr"] * (1.0 if self.found_inf is None else 1 - self.found_inf)
         rows, columns = parameters[0].shape
-        directions = torch.stack([self._momentum(p).to(self.precision) for p in parameters])
-        updates = orthogonalize(directions).float() * (rate * max(1, rows / columns) ** 0.5)
-        for parameter, update in zip(parameters, updates, strict=True):
+        # On a CPU a gradient and its mean stay in the cache from one operation to the next.
+        parts = [[p] for p in parameters] if parameters[0].device.type == "cpu" else [parameters]
+        mixed = [x for part in parts for x in self._momentum(part)]
+        directions = mixed[0].new_empty((len(mixed), rows, columns), dtype=self.precision)
+        _foreach_copy_(list(directions.unbind()), mixed)
+        updates = list((orthogonalize(directions).float() * (rate * max(1, rows / columns) ** 0.5)).unbind())
+        for i, parameter in enumerate(parameters):
             if isinstance(parameter, DTensor):  # all ranks have the same update, so none is sent
-                update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            _shard(parameter).mul_(1 - rate * group["weight_decay"]).sub_(_shard(update))
+                mesh, placements = parameter.device_mesh, parameter.placements
+                updates[i] = _shard(distribute_tensor(updates[i], mesh, placements, src_data_rank=None))
+        weights = [_shard(p) for p in parameters]
+        _foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        _foreach_sub_(weights, updates)
 
-    def _momentum(self, parameter: nn.Parameter) -> Tensor:
-        """Put a gradient into the mean of gradients. Returns Nesterov's mix of both, the whole matrix on every rank."""
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        whole = cast(Tensor, parameter.grad)
-        mean, gradient = _shard(state["momentum"]), _shard(whole)
+    def _momentum(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Put gradients into their means. Returns Nesterov's mixes of both, the whole matrices on every rank."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        whole = [cast(Tensor, p.grad) for p in parameters]
+        means, gradients = [_shard(self.state[p]["momentum"]) for p in parameters], [_shard(x) for x in whole]
         if self.grad_scale is not None:
-            gradient.div_(self.grad_scale)
+            _foreach_div_(gradients, self.grad_scale)
         if self.found_inf is not None:  # a skipped gradient may be NaN, which a factor of 0 would not remove
-            gradient.copy_(torch.where(self.found_inf > 0, mean, gradient))
-        mean.lerp_(gradient, 1 - MOMENTUM)
-        gradient.lerp_(mean, MOMENTUM)
-        parameter.grad = None  # AdamW then leaves the parameter alone
-        return whole.full_tensor() if isinstance(whole, DTensor) else whole
+            skipped = self.found_inf > 0
+            for mean, gradient in zip(means, gradients, strict=True):
+                torch.where(skipped, mean, gradient, out=gradient)
+        _foreach_lerp_(means, gradients, 1 - MOMENTUM)
+        _foreach_lerp_(gradients, means, MOMENTUM)
+        for parameter in parameters:
+            parameter.grad = None  # AdamW then leaves the parameter alone
+        return [x.full_tensor() if isinstance(x, DTensor) else x for x in whole]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -130,8 +145,9 @@ def _batches(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         if parameter.grad is not None:
             shapes.setdefault(parameter.shape, []).append(parameter)
     for same in shapes.values():
-        for start in range(0, len(same), _MATRICES_OF_A_PRODUCT):
-            yield same[start : start + _MATRICES_OF_A_PRODUCT]
+        most = _MATRICES_OF_A_PRODUCT.get(same[0].device.type, _MATRICES_OF_A_PRODUCT["cuda"])
+        for start in range(0, len(same), most):
+            yield same[start : start + most]
 
 
 def _shard(tensor: Tensor) -> Tensor:
@@ -248,8 +264,7 @@ class ExponentialMovingAverage:
         """Move the average towards the weights after update `step`, from 1."""
         decay = min(self._decay, step / (9 + step))
         weights = [p.detach() for p in self._model.parameters()]
-        # One kernel for all tensors. torch has no public name for its list-wise operations.
-        torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        _foreach_lerp_(list(self.tensors.values()), weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.device import autocast
+from mvlm.device import autocast, chosen_precision
 from mvlm.distributed.collectives import HostNumbers
 from mvlm.distributed.coordination import Notices, run_on_all_ranks
 from mvlm.distributed.global_batch import backward_global
@@ -32,6 +32,7 @@ from mvlm.inference.masked import reconstruction_strip
 from mvlm.model.adaptation import adapt, learned
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import eager_buckets, pad_to_bucket
+from mvlm.model.shadow_weights import shadow_weights, using
 from mvlm.objectives.losses import Losses
 from mvlm.objectives.pretraining import KeepStart, objectives_of
 from mvlm.objectives.step import Objective
@@ -70,6 +71,7 @@ from mvlm.training.own_masks import drawn_by_user
 from mvlm.training.stopping import StopRequest, Watchdog
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, load_tokenizer
 from mvlm_dataloading.loader.resume import merge_states
+from mvlm_kernels.shadows import Shadows
 
 CHECKPOINT_SECONDS = 600.0
 """Time between checkpoints of a run that has no `checkpoint_every_steps`."""
@@ -147,6 +149,18 @@ class Trainer:
         """CUDA graphs that replay the steps of one rank, with --capture cuda-graphs; else None."""
         wanted = isinstance(self.config, PretrainConfig) and self.config.capture == "cuda-graphs"
         return CudaGraphs(self.forward_backward, self.model.parameters()) if wanted else None
+
+    @cached_property
+    def shadows(self) -> Shadows | None:
+        """Copies of the weights in bf16, if the fast implementation computes in it; else None.
+
+        A compiler casts weights inside its kernels. Runs that recompute activations have no memory to spare.
+        """
+        config = self.config
+        compiled = isinstance(config, PretrainConfig) and config.capture == "compile"
+        if config.plan != "fast" or compiled or config.checkpoint_activations:
+            return None
+        return shadow_weights(self.model) if chosen_precision(self.device, config.precision) == "bf16" else None
 
     @property
     def backward(self) -> Callable[[list[tuple[Batch, Masks]], Any], Losses]:
@@ -261,7 +275,8 @@ class Trainer:
         step: Any = torch.full((), self.step, device=self.device) if self.config.fixed_shapes else self.step
         generators = None if self.failed_step is None else generator_states(self.device)
         self.parallel.alone.start()
-        losses = self.backward(microbatches, step)
+        with using(self.shadows):
+            losses = self.backward(microbatches, step)
         figures = waited, self.parallel.alone.seconds(), self.loader.skipped
         self.write_failed_step()  # of the step before, while this one's gradients are computed
         further, ranks = self.update(losses, figures)

@@ -5,6 +5,9 @@
 No GPU is needed. A call runs all work of the host (checks, dispatch, autograd, choice of tiles, allocation of outputs)
 except the launch, because Triton's launcher needs a driver. Index values are not read, as on a GPU.
 
+The launch of the call's first kernel is timed by itself, up to the driver: by Triton, and as ops launch a kernel that
+they have launched before (``mvlm_kernels.launch_cache``).
+
 Calls of an empty op take turns with ours. It is registered like ours, takes the same tensors and allocates outputs of
 the same shapes, so its time is torch's part. The difference is our overhead. Figures are microseconds of processor time
 per call, minimum and median over rounds. Prefer the minimum: other processes can only add time.
@@ -29,6 +32,7 @@ from mvlm_kernels import (
     dispatch,
     gather_patches,
     gelu_linear,
+    launch_cache,
     masked_pixel_loss,
     place_tokens,
     registration,
@@ -131,17 +135,66 @@ def microseconds(call: Callable[[], Any]) -> float:
     return 1e6 * (time.process_time() - started) / CALLS
 
 
+class NoDriver:
+    """Driver of an H100 whose launches do nothing."""
+
+    class Utils:
+        def load_binary(self, name: str, *_: Any) -> tuple[Any, ...]:
+            return name, name, 32, 0, 1024
+
+        def get_device_properties(self, device: int) -> dict[str, int]:
+            return {"max_shared_mem": 232448}
+
+        def launch(self, *_: Any) -> None:
+            pass
+
+    class Launcher:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def __call__(self, *_: Any) -> None:
+            pass
+
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def time_launch(launch: tuple[Any, ...], rounds: int) -> tuple[float, float]:
+    """Microseconds of one launch, without the driver: by Triton, and of a known kernel."""
+    from triton.runtime import driver
+
+    driver.set_active(NoDriver())  # pyright: ignore[reportArgumentType]
+    kernel, grid, args, meta = launch
+    ways = (lambda: kernel[grid](*args, **meta), lambda: launch_cache.launch(kernel, grid, args, meta, 0))
+    for way in ways:
+        way()
+    triton, known = (min(microseconds(way) for _ in range(rounds)) for way in ways)
+    return triton, known
+
+
 def measure(rounds: int = 15) -> list[dict[str, Any]]:
     """Measure all ops, in microseconds per forward call.
 
     Returns:
-        Rows with op, ours, torch, and the overhead (ours - torch) as `beyond` and, as a median, `beyond_median`.
+        Rows with op, ours, torch, and the overhead (ours - torch) as `beyond` and, as a median, `beyond_median`; then
+        the launch by Triton, `launch_triton`, and that of a known kernel, `launch`.
     """
-    rows = []
+    rows, launches = [], dict[str, tuple[Any, ...]]()
     with dispatch.recording(lambda *_: None, target_arch=90), use_backend("triton"):
         for name, (ours, empty) in contenders().items():
-            for call in (ours, empty):
-                call()
+            with dispatch.recording(lambda *launch, name=name: launches.setdefault(name, launch), target_arch=90):
+                ours()
+            empty()
             pairs = [(microseconds(ours), microseconds(empty)) for _ in range(rounds)]
             minimum = [min(column) for column in zip(*pairs, strict=True)]
             rows.append(
@@ -153,6 +206,8 @@ def measure(rounds: int = 15) -> list[dict[str, Any]]:
                     "beyond_median": statistics.median(a - b for a, b in pairs),
                 }
             )
+    for row in rows:
+        row["launch_triton"], row["launch"] = time_launch(launches[row["op"]], rounds)
     return rows
 
 
@@ -164,9 +219,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help='JSON file: {"machine": .., "rows": [..]}')
     options = parser.parse_args()
     rows = measure(options.rounds)
-    print(f"{'op':18} {'ours':>6} {'torch':>6} {'overhead':>8} {'median':>7}  microseconds per forward call")
+    print("microseconds per forward call, and of the launch of its first kernel")
+    print(f"{'op':18} {'ours':>6} {'torch':>6} {'overhead':>8} {'median':>7} {'triton':>7} {'launch':>7}")
     for row in rows:
         figures = f"{row['ours']:6.1f} {row['torch']:6.1f} {row['beyond']:8.1f} {row['beyond_median']:7.1f}"
+        figures += f" {row['launch_triton']:7.1f} {row['launch']:7.1f}"
         print(f"{row['op']:18} {figures}")
     if options.json:
         write_json(options.json, {"machine": describe("cpu", ["torch", "triton"]), "rows": rows})

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 
 from mvlm.device import autocast
+from mvlm.model.shadow_weights import using
 from mvlm.training.run import make_loader
 from mvlm.training.trainer import Trainer, with_few_shapes
 from mvlm_benchmarks.run.usage import Usage, read_usage, usage_between
@@ -122,9 +123,10 @@ def bare_step(trainer: Trainer, batch: Batch, masks: Masks) -> None:
         group["lr"] = 0.0
     trainer.optimizer.found_inf = None
     [(batch, masks)] = with_few_shapes([(batch, masks)], config, trainer.world)
-    with autocast(trainer.device, config.precision):
-        losses = trainer.model(batch, masks, seed=config.seed, step=trainer.step, plan=config.plan)
-    losses.total.backward()
+    with using(trainer.shadows):
+        with autocast(trainer.device, config.precision):
+            losses = trainer.model(batch, masks, seed=config.seed, step=trainer.step, plan=config.plan)
+        losses.total.backward()
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     losses.total.item()

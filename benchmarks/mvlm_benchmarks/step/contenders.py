@@ -12,12 +12,15 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mvlm.config.model import MaskVLMConfig
+from mvlm.device import compute_dtype
 from mvlm.distributed.parallel import MAX_GRAPHS
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import pad_to_bucket
+from mvlm.model.shadow_weights import shadow_weights, using
 from mvlm.objectives.losses import Losses
 from mvlm_benchmarks.step.inputs import PaddedBatch, draw_negatives, make_batch, pad_batch
 from mvlm_dataloading import Batch, Masks
+from mvlm_kernels.shadows import Shadows
 
 # The baselines need timm and transformers. They are imported when one is made, so that ours can be timed without them.
 if TYPE_CHECKING:
@@ -99,14 +102,17 @@ class Contender:
     optimizer: torch.optim.Optimizer | None
     precision: Callable[[], contextlib.AbstractContextManager[Any]]
     """Returns the context of a forward pass, such as autocast."""
+    shadows: Shadows | None = None
+    """Copies of the weights in bf16, as training with the fast implementation has them."""
 
     def losses(self, inputs: StepInputs) -> Losses:
         with self.precision():
             return compute_losses(self.name, self.call, inputs)
 
     def backward(self, inputs: StepInputs) -> Losses:
-        losses = self.losses(inputs)
-        losses.total.backward()
+        with using(self.shadows):
+            losses = self.losses(inputs)
+            losses.total.backward()
         return losses
 
     def update(self) -> None:
@@ -137,6 +143,8 @@ def make_contenders(
     drop_masked.config = replace(model.config, drop_masked=True)
     implementations: dict[str, tuple[nn.Module, torch.optim.Optimizer | None]] = {}
     contenders = []
+    with precision():
+        in_bf16 = compute_dtype(model.log_scale) == torch.bfloat16
     for name in names:
         key = eager_name(name) if eager_name(name) in BASELINES else "ours"
         if key not in implementations:
@@ -146,7 +154,8 @@ def make_contenders(
         module, adamw = implementations[key]
         module = drop_masked if name == DROP_MASKED else module
         call = _compiled(name, module) if name in COMPILED else module
-        contenders.append(Contender(name, module, call, adamw, precision))
+        shadows = shadow_weights(module) if in_bf16 and IMPLEMENTATIONS.get(name) == "fast" else None
+        contenders.append(Contender(name, module, call, adamw, precision, shadows))
     return contenders
 
 

@@ -32,6 +32,15 @@ def _mix(x: Tensor, low_bits: bool = True) -> Tensor:
     return x
 
 
+def _mix_number(x: int) -> int:
+    """SplitMix64's finaliser of a 64-bit pattern, on the host."""
+    mask = (1 << 64) - 1
+    x &= mask
+    x = (x ^ (x >> 30)) * _MIX1 & mask
+    x = (x ^ (x >> 27)) * _MIX2 & mask
+    return x ^ (x >> 31)
+
+
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift. The shift of int64 would copy the sign bit."""
     x = x >> bits
@@ -47,9 +56,11 @@ def noise_key(seed: int, step: int | Tensor, direction: int, device: torch.devic
     if torch.compiler.is_compiling() and not isinstance(step, Tensor):
         # A number that changes is symbolic there, and torch cannot guard Python's arithmetic on it.
         step = torch.full((), step, dtype=torch.int64, device=device)
+    key = seed * _GOLDEN + direction * _MIX2
+    if isinstance(step, Tensor):
+        return _mix(step * _signed(_MIX1) + _signed(key))
     # torch.full fills the key on the device. torch.tensor would copy it from the host, and the step would wait.
-    key = torch.full((), _signed(seed * _GOLDEN + direction * _MIX2), dtype=torch.int64, device=device)
-    return key + (step * _signed(_MIX1) if isinstance(step, Tensor) else _signed(step * _MIX1))
+    return torch.full((), _signed(_mix_number(key + step * _MIX1)), dtype=torch.int64, device=device)
 
 
 def gumbel_noise(key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -57,7 +68,7 @@ def gumbel_noise(key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
     It is a hash of the arguments: the noise of a pair does not depend on the block that it is computed in.
     """
-    bits = _mix(_mix(key.clone()) + rows * _signed(_GOLDEN)) + columns * _signed(_GOLDEN)
+    bits = _mix(rows * _signed(_GOLDEN) + key) + columns * _signed(_GOLDEN)
     # (k + 0.5) / 2^23 with k < 2^23 is exact in fp32, so it is never 0 or 1.
     uniform = _shift(_mix(bits, low_bits=False), 41).float().add_(0.5).div_(1 << 23)
     return uniform.log_().neg_().log_().neg_()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvlm_kernels import dispatch, registration
+from mvlm_kernels import dispatch, registration, shadows
 from mvlm_kernels.arguments import check_tensor
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 from mvlm_kernels.gelu_linear import reference, room
@@ -102,7 +102,7 @@ def _gelu_backward_fake(grad, h, h_bias, again):
 
 def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = activated.dtype
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = shadows.converted(weight, dtype), None if bias is None else shadows.converted(bias, dtype)
     return linear(activated, weight, bias)  # in this dtype, as backward does
 
 
@@ -115,19 +115,22 @@ class _GeluLinear(torch.autograd.Function):
         activated = _gelu_op.in_function(h)(h, h_bias)
         wanted = differentiable and ctx.needs_input_grad[1]
         keep, ctx.held = room.save(activated) if wanted else (False, None)
-        ctx.save_for_backward(h, weight, h_bias, activated if keep else None)
+        shadow = shadows.held(weight, h.dtype)
+        ctx.save_for_backward(h, weight, h_bias, activated if keep else None, shadow)
         out = _linear(activated, weight, bias)
         # F.linear may give a view of its product, and autograd forbids to write to a view that a Function made.
         return torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, h_bias, activated = ctx.saved_tensors
+        h, weight, h_bias, activated, shadow = ctx.saved_tensors
         if torch.is_grad_enabled() and (h.requires_grad or (h_bias is not None and h_bias.requires_grad)):
             # With create_graph=True. The saved one has no graph, the op's result refuses to be differentiated.
             activated = None
         grad, trains_weight = grads[0].flatten(0, -2), ctx.needs_input_grad[1]
-        by_activation = (grad @ weight.to(h.dtype)).view(h.shape)
+        if shadow is None or torch.is_grad_enabled():
+            shadow = weight.to(h.dtype)
+        by_activation = (grad @ shadow).view(h.shape)
         dh, recomputed, sums = _gelu_backward_op.in_function(by_activation)(
             by_activation, h, h_bias, trains_weight and activated is None
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm_kernels import dispatch, registration
+from mvlm_kernels import dispatch, registration, shadows
 from mvlm_kernels.arguments import compute_dtype
 from mvlm_kernels.linear import linear
 from mvlm_kernels.split_linear import reference
@@ -34,16 +34,6 @@ def _cut(x: Tensor, count: int, heads: int) -> tuple[Tensor, ...]:
     return x.unflatten(-1, (count, heads, -1)).unbind(-3)
 
 
-def _stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Parameters (W, ..) of equal shapes, one after another, in another dtype."""
-    first = parameters[0]
-    shape = len(parameters) * len(first), *first.shape[1:]
-    stacked = first.new_empty(shape, dtype=dtype)
-    for parameter, rows in zip(parameters, stacked.split(len(first)), strict=True):
-        rows.copy_(parameter)
-    return stacked
-
-
 def _stack_rows(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     device = parts[0].device
     if dispatch.choose(dispatch.reasons_for("split_linear", device)) == "torch":
@@ -63,7 +53,7 @@ class _SplitLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, heads: int, *parameters: Tensor) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         ctx.dtypes = parameters[0].dtype, parameters[count].dtype
-        weight, bias = (_stacked(half, x.dtype) for half in (parameters[:count], parameters[count:]))
+        weight, bias = (shadows.stacked(half, x.dtype) for half in (parameters[:count], parameters[count:]))
         ctx.save_for_backward(x, weight)
         return _cut(linear(x, weight, bias), count, heads)
 

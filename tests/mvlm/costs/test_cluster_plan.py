@@ -51,6 +51,7 @@ def test_gpu_memory_by_part():
     rows = gpu_memory(setting(), FOUND)
     assert list(rows.values()) == [4e9, 4e9, 8e9, 3e9]
     assert list(gpu_memory(setting(), replace(FOUND, trained=10**8)).values()) == [4e9, 0.4e9, 0.8e9, 3e9]
+    assert sum(gpu_memory(setting(), replace(FOUND, copies=10**9)).values()) == sum(rows.values()) + 1e9
     graphs = gpu_memory(setting(per_node=1, nodes=1, graphs=True), FOUND)
     assert sum(graphs.values()) == sum(rows.values()) + 3e9 + 8 * 4e9  # a second set of activations, and 8 of gradients
     sharded = gpu_memory(setting(sharded=True), FOUND)

@@ -44,6 +44,35 @@ def test_step_is_adamws_update_with_the_gradient_of_the_total(start):
 
 
 @pytest.mark.slow
+def test_steps_in_bf16_have_the_bits_of_steps_that_cast_each_weight(start):
+    """Also after weights were loaded between two steps."""
+    rows, weights = [], []
+    for copies in (True, False):
+        run, batches = start()
+        run.config = replace(run.config, precision="bf16")
+        if not copies:
+            run.shadows = None
+        assert (run.shadows is not None) == copies
+        for _ in range(2):
+            run.one_step(batches)
+        run.model.load_state_dict(micro_model(seed=5, dtype=torch.float32).state_dict())
+        run.one_step(batches)
+        rows.append([{name: x for name, x in row.items() if name != "seconds"} for row in run.metrics.read()])
+        weights.append(list(run.model.parameters()))
+    assert rows[0] == rows[1]
+    assert all(map(torch.equal, *weights))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"plan": "plain"}, {"precision": "fp32"}, {"capture": "compile"}, {"checkpoint_activations": True}]
+)
+def test_weights_have_no_copies_where_they_would_not_pay(start, changes):
+    run, _ = start()
+    run.config = replace(run.config, **{"precision": "bf16", **changes})
+    assert run.shadows is None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("value, end", [(20.0, math.log(1 / 0.001)), (-3.0, math.log(1 / 0.5))])
 def test_temperature_is_clamped_after_each_step(start, value, end):
     run, batches = start()
