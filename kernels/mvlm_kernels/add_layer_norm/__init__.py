@@ -33,22 +33,19 @@ def _checked(
         check_tensor("y", y, device=device)
         if y.shape != shape:
             raise ValueError(f"y must have the shape of x, {tuple(shape)}, got {tuple(y.shape)}")
-    else:
-        for name, vector in (("y_bias", y_bias), ("gate", gate)):
-            if vector is not None:
-                raise ValueError(f"{name} must be None where y is None, got {type(vector).__name__}")
-    for name, row in (("weight", weight), ("bias", bias), ("y_bias", y_bias)):
-        if row is not None:
-            check_tensor(name, row, device=device)
-            if row.shape != shape[-1:]:
-                raise ValueError(f"{name} must have shape ({shape[-1]},), got {tuple(row.shape)}")
-    for name, vector in (("gate", gate), ("scale", scale), ("shift", shift)):
-        if vector is not None:
-            check_tensor(name, vector, device=device)
-            per_sample = (shape[0], shape[-1])
-            if vector.shape != shape[-1:] and (len(shape) < 2 or vector.shape != per_sample):
-                wanted = f"({shape[-1]},)" + (f" or, of x (B, .., C), {per_sample}" if len(shape) > 1 else "")
-                raise ValueError(f"{name} must have shape {wanted}, got {tuple(vector.shape)}")
+    of_samples = ((shape[0], shape[-1]),) if len(shape) > 1 else ()
+    for name, vector, more in (
+        ("weight", weight, ()), ("bias", bias, ()), ("y_bias", y_bias, ()),
+        ("gate", gate, of_samples), ("scale", scale, of_samples), ("shift", shift, of_samples),
+    ):  # fmt: skip
+        if vector is None:
+            continue
+        check_tensor(name, vector, device=device)
+        if y is None and name in ("y_bias", "gate"):
+            raise ValueError(f"{name} must be None where y is None, got {type(vector).__name__}")
+        wanted = (tuple(shape[-1:]), *more)
+        if tuple(vector.shape) not in wanted:
+            raise ValueError(f"{name} must have shape {' or '.join(map(str, wanted))}, got {tuple(vector.shape)}")
     check_choice("kind", kind, ("layer", "rms"))
     if out_dtype is None:
         out_dtype = x.dtype if y is None else y.dtype
@@ -121,7 +118,7 @@ def add_layer_norm(
     )
     tensors = [t for t in (x, y, y_bias, weight, bias, gate, scale, shift) if t is not None]
     total, wide, normalised, _, _ = _op.on(*tensors)(
-        x, y, y_bias, weight, bias, eps, out_dtype, post_norm, gate, scale, shift, kind == "rms"
+        x, y, y_bias, weight, bias, gate, scale, shift, eps, out_dtype, post_norm, kind == "rms"
     )
     if post_norm:
         return (normalised if out_dtype == reference.sum_dtype(x, y) else wide), normalised
@@ -133,11 +130,11 @@ def _forward(x, *args):
         return reference.add_layer_norm(x, *args)
     from mvlm_kernels.add_layer_norm import triton
 
-    kind = "add_layer_norm", x.device
-    return dispatch.run_kernels(kind, triton.add_layer_norm, reference.add_layer_norm, x, *args)
+    call = "add_layer_norm", x.device
+    return dispatch.run_kernels(call, triton.add_layer_norm, reference.add_layer_norm, x, *args)
 
 
-def _forward_fake(x, y, y_bias, weight, bias, eps, out_dtype, post_norm, gate, scale, shift, rms):
+def _forward_fake(x, y, y_bias, weight, bias, gate, scale, shift, eps, out_dtype, post_norm, rms):
     dtype = reference.sum_dtype(x, y)
     total = x.new_empty(x.shape if y is not None else (0,), dtype=dtype)
     wide = x.new_empty(x.shape if post_norm and out_dtype != dtype else (0,), dtype=dtype)
@@ -147,20 +144,20 @@ def _forward_fake(x, y, y_bias, weight, bias, eps, out_dtype, post_norm, gate, s
 
 
 def _backward(grad_normalised, grad_residual, total, *args):
+    args = grad_normalised, grad_residual, total, *args
     if dispatch.choose(_reasons(total)) == "torch":
-        return reference.add_layer_norm_backward(grad_normalised, grad_residual, total, *args)
+        return reference.add_layer_norm_backward(*args)
     from mvlm_kernels.add_layer_norm import triton
 
     by_triton, by_torch = triton.add_layer_norm_backward, reference.add_layer_norm_backward
-    kind = "add_layer_norm", total.device
-    return dispatch.run_kernels(kind, by_triton, by_torch, grad_normalised, grad_residual, total, *args)
+    return dispatch.run_kernels(("add_layer_norm", total.device), by_triton, by_torch, *args)
 
 
 def _backward_fake(
-    grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, branched, gate, scale, y,
-    shifted, groups, rms,
+    grad_normalised, grad_residual, total, mean, rstd, y, weight, gate, scale, x_dtype, y_dtype, post_norm, shifted,
+    branched, groups, rms,
 ):  # fmt: skip
-    count = reference.sums_of(weight, scale, y, shifted, branched)
+    count = reference.sums_of(y, weight, scale, shifted, branched)
     sums = total.new_empty((count, groups, total.shape[-1]), dtype=compute_dtype(total.dtype))
     dy = total.new_empty(total.shape if y_dtype != x_dtype or gate is not None else (0,), dtype=y_dtype)
     return total.new_empty(total.shape, dtype=x_dtype), dy, sums
@@ -168,17 +165,17 @@ def _backward_fake(
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, x, y, y_bias, weight, bias, eps, out_dtype, post_norm, gate, scale, shift, rms):
-        outputs = forward(x, y, y_bias, weight, bias, eps, out_dtype, post_norm, gate, scale, shift, rms)
+    def forward(ctx, forward, x, y, *args):
+        y_bias, weight, bias, gate, scale, shift, _, _, post_norm, rms = args
+        outputs = forward(x, y, *args)
         total, wide, normalised, mean, rstd = outputs
-        trains_gate = gate is not None and ctx.needs_input_grad[9]
+        gate_trains = ctx.needs_input_grad[6]
         ctx.save_for_backward(
-            x if y is None else total, mean, rstd, weight, gate, scale, y if trains_gate else None,
-            None if scale is None else bias, y_bias if trains_gate else None,
+            x if y is None else total, mean, rstd, y if gate_trains else None, weight, gate, scale,
+            y_bias if gate_trains else None, bias if ctx.needs_input_grad[7] else None,
         )  # fmt: skip
         ctx.dtypes = x.dtype, x.dtype if y is None else y.dtype
-        vectors = {3: y_bias, 4: weight, 5: bias, 9: gate, 10: scale, 11: shift}
-        ctx.vectors = {number: (v.ndim, v.dtype) for number, v in vectors.items() if v is not None}
+        ctx.vectors = [None if v is None else (v.ndim, v.dtype) for v in (y_bias, weight, bias, gate, scale, shift)]
         ctx.groups, ctx.post_norm, ctx.rms = reference.groups_of(gate, scale, shift), post_norm, rms
         ctx.set_materialize_grads(False)
         unused = [mean, rstd]
@@ -191,61 +188,62 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, grad_wide, grad, *_):
-        total, mean, rstd, weight, gate, scale, y, bias, y_bias = ctx.saved_tensors
+        total, mean, rstd, y, weight, gate, scale, y_bias, bias = ctx.saved_tensors
         grad_residual = grad_wide if ctx.post_norm else grad_total
         if grad is None:
             if grad_residual is None:
                 return (None,) * 13
             grad = torch.zeros_like(total)
         x_dtype, y_dtype = ctx.dtypes
-        shifted = 5 in ctx.vectors or 11 in ctx.vectors
-        branched = ctx.needs_input_grad[3] or y_bias is not None
+        needs_x, needs_y, *needs = ctx.needs_input_grad[1:9]
+        shifted = ctx.vectors[2] is not None or ctx.vectors[5] is not None
+        branched = needs[0] or y_bias is not None
         dx, dy, sums = _backward_op.in_function(grad)(
-            grad, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, ctx.post_norm, branched, gate, scale, y,
-            shifted, ctx.groups, ctx.rms,
+            grad, grad_residual, total, mean, rstd, y, weight, gate, scale, x_dtype, y_dtype, ctx.post_norm, shifted,
+            branched, ctx.groups, ctx.rms,
         )  # fmt: skip
+        given = weight is not None or scale is not None, shifted, branched, y is not None
         parts = iter(sums)
-        of_norm = next(parts) if weight is not None or scale is not None else None
-        of_shift = next(parts) if shifted else None
-        of_sum = next(parts) if branched else None
-        of_gate = next(parts) if y is not None else None
-        more = None if scale is None else 1 + scale.to(sums.dtype)
-        makers = {
-            3: lambda: _times(of_sum, gate),
-            4: lambda: _times(of_norm, more),
-            5: lambda: _times(of_shift, more),
-            9: lambda: of_gate if y_bias is None else of_gate + _times(of_sum, y_bias),
-            10: lambda: _times(of_norm, weight) if bias is None else _times(of_norm, weight) + _times(of_shift, bias),
-            11: lambda: of_shift,
-        }
-        grads = [None] * 13
-        grads[1] = dx if ctx.needs_input_grad[1] else None
-        if ctx.needs_input_grad[2]:
-            grads[2] = dx if gate is None and y_dtype == x_dtype else dy
-        for number, make in makers.items():
-            if ctx.needs_input_grad[number]:
-                axes, dtype = ctx.vectors[number]
-                of_groups = make()  # (groups, C)
-                one = of_groups if axes == 2 else of_groups[0] if ctx.groups == 1 else of_groups.sum(0)
-                grads[number] = one.to(dtype)
-        return tuple(grads)
+        of_norm, of_shift, of_sum, of_gate = (next(parts) if has else None for has in given)  # (groups, C)
+        factor = None if scale is None else 1 + scale.to(sums.dtype)
+        makers = (  # of y_bias, weight, bias, gate, scale and shift
+            lambda: _times(of_sum, gate),
+            lambda: _times(of_norm, factor),
+            lambda: _times(of_shift, factor),
+            lambda: of_gate if y_bias is None else of_gate + _times(of_sum, y_bias),
+            lambda: _times(of_norm, weight) if bias is None else _times(of_norm, weight) + _times(of_shift, bias),
+            lambda: of_shift,
+        )
+        vectors = (
+            _of_vector(make(), *vector) if need else None
+            for make, vector, need in zip(makers, ctx.vectors, needs, strict=True)
+        )
+        dy = dx if gate is None and y_dtype == x_dtype else dy
+        return None, dx if needs_x else None, dy if needs_y else None, *vectors, None, None, None, None
 
 
 def _times(sums: Any, factor: Tensor | None) -> Any:
     return sums if factor is None else sums * factor.to(sums.dtype)
 
 
+def _of_vector(of_groups: Tensor, axes: int, dtype: torch.dtype) -> Tensor:
+    """Gradient of a vector (groups, C), or if it has one axis (C,), from those of all groups, (groups, C)."""
+    if axes == 1:
+        of_groups = of_groups[0] if of_groups.shape[0] == 1 else of_groups.sum(0)
+    return of_groups.to(dtype)
+
+
 _backward_op = registration.define(
     "add_layer_norm_backward(Tensor grad_normalised, Tensor? grad_residual, Tensor total, Tensor mean, Tensor rstd, "
-    "Tensor? weight, ScalarType x_dtype, ScalarType y_dtype, bool post_norm, bool branched, Tensor? gate, "
-    "Tensor? scale, Tensor? y, bool shifted, SymInt groups, bool rms) -> (Tensor, Tensor, Tensor)",
+    "Tensor? y, Tensor? weight, Tensor? gate, Tensor? scale, ScalarType x_dtype, ScalarType y_dtype, bool post_norm, "
+    "bool shifted, bool branched, SymInt groups, bool rms) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     registration.no_second_derivative("add_layer_norm", "torch.nn.functional.layer_norm of the sum"),
 )
 _op = registration.define(
-    "add_layer_norm(Tensor x, Tensor? y, Tensor? y_bias, Tensor? weight, Tensor? bias, float eps, "
-    "ScalarType out_dtype, bool post_norm, Tensor? gate, Tensor? scale, Tensor? shift, bool rms) "
+    "add_layer_norm(Tensor x, Tensor? y, Tensor? y_bias, Tensor? weight, Tensor? bias, Tensor? gate, Tensor? scale, "
+    "Tensor? shift, float eps, ScalarType out_dtype, bool post_norm, bool rms) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,

@@ -19,7 +19,7 @@ def groups_of(*vectors: Tensor | None) -> int:
     return next((v.shape[0] for v in vectors if v is not None and v.ndim == 2), 1)
 
 
-def sums_of(weight: Tensor | None, scale: Tensor | None, y: Tensor | None, shifted: bool, branched: bool) -> int:
+def sums_of(y: Tensor | None, weight: Tensor | None, scale: Tensor | None, shifted: bool, branched: bool) -> int:
     """Number of sums over rows that the backward pass takes."""
     return (weight is not None or scale is not None) + shifted + branched + (y is not None)
 
@@ -31,19 +31,9 @@ def beside(vector: Tensor, axes: int, dtype: torch.dtype) -> Tensor:
 
 
 def add_layer_norm(
-    x: Tensor,
-    y: Tensor | None,
-    y_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    post_norm: bool,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, eps: float, out_dtype: torch.dtype, post_norm: bool, rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """total = x + gate (y + y_bias), and (1 + scale) norm(total) + shift, whose norm is LayerNorm, or RMSNorm if rms.
 
     x and y (B, .., C); y_bias, weight and bias (C,); gate, scale and shift (B, C) or (C,).
@@ -90,23 +80,10 @@ def add_layer_norm(
 
 
 def add_layer_norm_backward(
-    grad_normalised: Tensor,
-    grad_residual: Tensor | None,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    x_dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    post_norm: bool,
-    branched: bool,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    y: Tensor | None,
-    shifted: bool,
-    groups: int,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_normalised: Tensor, grad_residual: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, y: Tensor | None,
+    weight: Tensor | None, gate: Tensor | None, scale: Tensor | None, x_dtype: torch.dtype, y_dtype: torch.dtype,
+    post_norm: bool, shifted: bool, branched: bool, groups: int, rms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x and of y, (B, .., C), and sums over the rows of each group, (number of sums, groups, C).
 
     grad_residual is the gradient of the sum, or with post_norm that of the norm in the sum's dtype. The gradient of y

@@ -347,19 +347,9 @@ def _vectors(*vectors: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[
 
 
 def add_layer_norm(
-    x: Tensor,
-    y: Tensor | None,
-    y_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    post_norm: bool,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, eps: float, out_dtype: torch.dtype, post_norm: bool, rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Same contract as :func:`.reference.add_layer_norm`."""
     dtype, groups = sum_dtype(x, y), groups_of(gate, scale, shift)
     rows, wide_dtype = x.shape[:-1].numel(), compute_dtype(dtype)
@@ -380,23 +370,10 @@ def add_layer_norm(
 
 
 def add_layer_norm_backward(
-    grad_normalised: Tensor,
-    grad_residual: Tensor | None,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    x_dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    post_norm: bool,
-    branched: bool,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    y: Tensor | None,
-    shifted: bool,
-    groups: int,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_normalised: Tensor, grad_residual: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, y: Tensor | None,
+    weight: Tensor | None, gate: Tensor | None, scale: Tensor | None, x_dtype: torch.dtype, y_dtype: torch.dtype,
+    post_norm: bool, shifted: bool, branched: bool, groups: int, rms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Same contract as :func:`.reference.add_layer_norm_backward`."""
     width, rows = total.shape[-1], total.shape[:-1].numel()
     grad, total, y = grad_normalised.contiguous(), total.contiguous(), None if y is None else y.contiguous()
@@ -404,7 +381,7 @@ def add_layer_norm_backward(
     dx = total.new_empty(total.shape, dtype=x_dtype)
     apart = y_dtype != x_dtype or gate is not None
     dy = total.new_empty(total.shape if apart else (0,), dtype=y_dtype)
-    sums, wide = sums_of(weight, scale, y, shifted, branched), compute_dtype(total.dtype)
+    sums, wide = sums_of(y, weight, scale, shifted, branched), compute_dtype(total.dtype)
     (weight,), _ = _vectors(weight)
     modulation, strides = _vectors(gate, scale)
     held = HELD_NARROW if parts_of(width)[1] <= 128 else HELD_BACKWARD
