@@ -226,7 +226,7 @@ def _times(sums: Any, factor: Tensor | None) -> Any:
     return sums if factor is None else sums * factor.to(sums.dtype)
 
 
-def _of_vector(of_groups: Tensor, axes: int, dtype: torch.dtype) -> Tensor:
+def _of_vector(of_groups: Any, axes: int, dtype: torch.dtype) -> Tensor:
     """Gradient of a vector (groups, C), or if it has one axis (C,), from those of all groups, (groups, C)."""
     if axes == 1:
         of_groups = of_groups[0] if of_groups.shape[0] == 1 else of_groups.sum(0)

@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 """Triton kernels of ``add_layer_norm`` and their launchers.
 
 A tile is a few whole rows, one warp or more a row, and stays in registers: the moments need no second read. A width
@@ -290,8 +290,7 @@ def add_norm_backward_kernel(
         dc = next_dc
         if y_ptr is not None:
             dg = next_dg
-    groups = tl.num_programs(0) if GROUPED else 1
-    step = groups.to(tl.int64) * C if GROUPED else C
+    step = tl.num_programs(0).to(tl.int64) * C if GROUPED else C
     share = partial_ptr + tl.program_id(GROUPED).to(tl.int64) * SUMS * step + group * C
     for i in tl.static_range(PARTS):
         at = share

@@ -76,7 +76,7 @@ def test_programs_walk_over_many_tiles(monkeypatch):
 )
 @pytest.mark.parametrize("name", MODULATED)
 def test_gates_scales_shifts_and_both_norms(name: str, types: Any, post_norm: bool):
-    check(case(name, (3, 5, 72), *types, MODULATED[name], post_norm=post_norm))
+    check(case(name, (3, 5, 72), *types, vectors=MODULATED[name], post_norm=post_norm))
 
 
 @pytest.mark.slow
