@@ -1,5 +1,6 @@
 """Values of add_layer_norm: the interpreted kernels and the torch code against formulas in float64."""
 
+import itertools
 from typing import Any
 
 import hypothesis.strategies as st
@@ -86,20 +87,35 @@ def test_rows_of_samples_of_any_shape(shape: tuple[int, ...]):
     check(case("samples", shape, vectors=RMS_ADALN))
 
 
+OF = ["", "samples", "channels"]
+"""Gate, scale or shift: absent, one vector of each sample, or one of all."""
+COMBINATIONS = list(itertools.product(
+    ["", "weight", "weight bias", "bias"], ["layer", "rms"], [False, True], [False, True], OF, OF, OF
+))  # fmt: skip
+
+
+def check_combination(
+    shape: tuple[int, ...], affine: str, kind: str, y_bias: bool, post_norm: bool, gate: str, scale: str, shift: str
+) -> None:
+    where = {"gate": gate, "scale": scale, "shift": shift}
+    named = {which: " ".join(n for n, of in where.items() if of == which) for which in ("samples", "channels")}
+    vectors = Vectors(affine, y_bias, **named, kind=kind)
+    check(case("combined", shape, FP64, FP64, FP64, FP64, vectors, post_norm=post_norm))
+
+
 @pytest.mark.slow
 @SETTINGS
-@given(
-    st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(3, 70)), st.sampled_from(["", "weight", "weight bias"]),
-    st.sampled_from([NORM.kind, "rms"]), st.booleans(), st.booleans(),
-    *(st.sampled_from(["", "samples", "channels"]) for _ in range(3)),
-)  # fmt: skip
-def test_any_vectors(
-    shape: tuple[int, ...], affine: str, kind: str, y_bias: bool, post_norm: bool, gate: str, scale: str, shift: str
-):
-    """Each of gate, scale and shift is absent, one of each sample, or one of all."""
-    where = {"gate": gate, "scale": scale, "shift": shift}
-    given = {which: " ".join(n for n, of in where.items() if of == which) for which in ("samples", "channels")}
-    check(case("any", shape, FP64, FP64, FP64, FP64, Vectors(affine, y_bias, **given, kind=kind), post_norm=post_norm))
+@given(st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(3, 70)), st.sampled_from(COMBINATIONS))
+def test_any_shape_of_any_combination(shape: tuple[int, ...], combination: tuple[Any, ...]):
+    check_combination(shape, *combination)
+
+
+@pytest.mark.extended
+@pytest.mark.slow
+def test_every_combination_of_parts():
+    for affine, kind, y_bias, post_norm, *vectors in COMBINATIONS:
+        if not post_norm:  # which shares the code of all parts
+            check_combination((2, 3, 7), affine, kind, y_bias, post_norm, *vectors)
 
 
 @pytest.mark.slow
