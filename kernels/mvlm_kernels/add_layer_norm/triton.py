@@ -101,14 +101,6 @@ def affine_part(
     return factor, summand
 
 
-@triton.jit
-def of_group(ptr, group, stride):
-    """Pointer to the vector of a group, or None."""
-    if ptr is not None:
-        ptr += group * stride
-    return ptr
-
-
 @triton.jit(do_not_specialize=["gate_stride", "scale_stride", "shift_stride", "R"])
 def add_norm_kernel(
     x_ptr, y_ptr, y_bias_ptr, weight_ptr, bias_ptr, gate_ptr, scale_ptr, shift_ptr,
@@ -122,9 +114,12 @@ def add_norm_kernel(
     Pointers that are None are not used. Strides are those between the vectors of two groups, 0 for one vector of all.
     """
     group = tl.program_id(0).to(tl.int64) if GROUPED else 0
-    gate_ptr = of_group(gate_ptr, group, gate_stride)
-    scale_ptr = of_group(scale_ptr, group, scale_stride)
-    shift_ptr = of_group(shift_ptr, group, shift_stride)
+    if gate_ptr is not None:
+        gate_ptr += group * gate_stride
+    if scale_ptr is not None:
+        scale_ptr += group * scale_stride
+    if shift_ptr is not None:
+        shift_ptr += group * shift_stride
     weights = ()
     biases = ()
     y_biases = ()
@@ -205,8 +200,10 @@ def add_norm_backward_kernel(
     BRANCHED; its product with y, if y_ptr is not None.
     """
     group = tl.program_id(0).to(tl.int64) if GROUPED else 0
-    gate_ptr = of_group(gate_ptr, group, gate_stride)
-    scale_ptr = of_group(scale_ptr, group, scale_stride)
+    if gate_ptr is not None:
+        gate_ptr += group * gate_stride
+    if scale_ptr is not None:
+        scale_ptr += group * scale_stride
     dw = ()
     db = ()
     dc = ()
