@@ -65,7 +65,7 @@ RMS_NORM = Vectors("weight", channels="gate", y_bias=False, kind="rms")
 ADALN = Vectors("", samples="gate scale shift", y_bias=False)
 """The second norm of a DiT block: norms without weight and bias."""
 RMS_ADALN = Vectors("weight", samples="gate scale", y_bias=False, kind="rms")
-"""That of Lumina and Z-Image."""
+"""The second norm of a block of Lumina or Z-Image."""
 ALL = Vectors(samples="gate shift", channels="scale")
 MODULATED = {"layer-scale": LAYER_SCALE, "rms": RMS_NORM, "adaln": ADALN, "rms-adaln": RMS_ADALN, "all": ALL}
 

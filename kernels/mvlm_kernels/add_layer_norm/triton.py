@@ -194,7 +194,7 @@ def add_norm_backward_kernel(
     SUMS: tl.constexpr, GROUPED: tl.constexpr, ACC: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """As the forward kernel; partial (programs of a group, SUMS, groups, C).
+    """Groups, grid and strides are those of the forward kernel; partial (programs of a group, SUMS, groups, C).
 
     SUMS sums over rows in this order: grad * norm, with weight or scale; grad, if SHIFTED; the gradient of the sum, if
     BRANCHED; its product with y, if y_ptr is not None.
