@@ -147,10 +147,15 @@ REFUSED: dict[str, list[tuple[Any, ...]]] = {
     "add_layer_norm": [
         *each("x", NORM.int(), NORM.to(torch.complex64), [1.0], rand(2, 0)),
         *each("y", NORM.numpy(), NORM[:, :3], NORM.to("meta")),
-        *each("weight", None, rand(9), rand(8).to("meta")),
+        *each("weight", [1.0], rand(9), rand(8).to("meta")),
         *each("bias", rand(3)),
         *each("y_bias", rand(3)),
         *each("y_bias", rand(8), y=None),
+        *each("gate", rand(3), rand(16, 8), rand(2, 1, 8), rand(2, 8).to("meta")),
+        *each("gate", rand(8), y=None),
+        *each("scale", rand(1, 8), rand(2, 16, 8), rand(2, 8).int()),
+        *each("shift", rand(2, 9), [0.0]),
+        *each("kind", "batch", None),
         *each("out_dtype", torch.int8),
         *each("eps", math.nan, -1, "a"),
     ],
@@ -207,7 +212,10 @@ MORE: dict[str, list[dict[str, Any]]] = {
     "place_tokens": [
         {"masked": torch.ones(2, 16).bool(), "with_unmasked": True}, {"tokens": TOKENS[:, :3], "visible_ids": IDS},
     ],
-    "add_layer_norm": [{"eps": 1e-3, "y_bias": rand(8), "out_dtype": torch.bfloat16, "post_norm": True}],
+    "add_layer_norm": [
+        {"eps": 1e-3, "y_bias": rand(8), "out_dtype": torch.bfloat16, "post_norm": True, "gate": rand(2, 8),
+         "scale": rand(8), "shift": rand(2, 8), "kind": "rms"},
+    ],
     "gelu_linear": [{"h_bias": rand(8)}],
 }  # fmt: skip
 ARGUMENTS = [

@@ -204,6 +204,8 @@ PAGES = [
          holds=lambda names: max(names["differences"].values()) < 1e-5 and len(names["differences"]) == 3),
     Page("examples/kernels_in_timm.py", needs="timm", prints=r"swapped: patch_embed (.*\n)*after undo: PatchEmbed",
          holds=lambda names: names["difference"] < 1e-4 and names["wanted"].std().item() > 0.1),
+    Page("examples/kernels_in_diffusers.py", prints="Block: outputs differ by",
+         holds=lambda names: max(names["differences"]) < 1e-5 and names["wanted"].std().item() > 0.1),
     Page("examples/kernels_in_transformers.py", needs="transformers", prints="SDPA: the mask is not plain key padding",
          # BERT's masks are padding, GPT-2's are causal.
          holds=lambda names: names["fused"] == [2, 0] and max(names["differences"]) < 1e-5),

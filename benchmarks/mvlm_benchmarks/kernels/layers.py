@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm_benchmarks.unavailable import Missing
+from mvlm_benchmarks.unavailable import Missing, NotApplicable
 from mvlm_kernels.case import PAPER, Inputs
 
 Function = Callable[..., Any]
@@ -41,8 +41,20 @@ def cross_entropy_quack(inputs: Inputs) -> Function:
 
 
 def norm_eager(inputs: Inputs) -> Function:
-    """The chain of torch ops that autocast runs: the linear layer's bias, add, LayerNorm in float32, cast."""
-    return _norm_chain(inputs, lambda x, weight, bias, eps: F.layer_norm(x, (PAPER.width,), weight, bias, eps))
+    """The chain of torch ops that autocast runs: the linear layer's bias, add, LayerNorm in float32, cast.
+
+    With gate, scale and shift it is that of a DiT block.
+    """
+    if "gate" not in inputs.leaves:
+        return _norm_chain(inputs, lambda x, weight, bias, eps: F.layer_norm(x, (PAPER.width,), weight, bias, eps))
+    eps, dtype = inputs.fixed["eps"], inputs.fixed["out_dtype"]
+
+    def compute(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + gate[:, None] * y
+        normalised = F.layer_norm(total, (PAPER.width,), eps=eps)
+        return total, (normalised * (1 + scale[:, None]) + shift[:, None]).to(dtype)
+
+    return compute
 
 
 def _norm_chain(inputs: Inputs, layer_norm: Function) -> Function:
@@ -60,6 +72,7 @@ def norm_tri_dao(inputs: Inputs) -> Function:
     """flash-attn's Triton LayerNorm, which adds the residual in float32 in the same pass. It takes no bias of y."""
     from flash_attn.ops.triton.layer_norm import layer_norm_fn  # pyright: ignore[reportMissingImports]
 
+    _require_unmodulated(inputs)
     _require_cuda(inputs)
     eps, dtype, post_norm = (inputs.fixed[name] for name in ("eps", "out_dtype", "post_norm"))
 
@@ -76,8 +89,14 @@ def norm_liger(inputs: Inputs) -> Function:
     """The chain with Liger's LayerNorm. Liger fuses the residual with RMSNorm only."""
     from liger_kernel.transformers.functional import liger_layer_norm  # pyright: ignore[reportMissingImports]
 
+    _require_unmodulated(inputs)
     _require_cuda(inputs)
     return _norm_chain(inputs, liger_layer_norm)
+
+
+def _require_unmodulated(inputs: Inputs) -> None:
+    if "gate" in inputs.leaves:
+        raise NotApplicable("its norms have no gate, scale and shift of a sample")
 
 
 def gelu_eager(inputs: Inputs) -> Function:

@@ -3,9 +3,10 @@
 from mvlm_kernels.integrations.blocks import swap_blocks
 print(swap_blocks(model))               # what was swapped, and what not and why; `undo()` puts everything back
 
-Three forms are known, by the code of their ``forward``, so copies in other classes are known too:
+Four forms are known, by the code of their ``forward``, so copies in other classes are known too:
 
-- timm's ``Block``: the residual sum after attention and the norm after it are one call.
+- timm's ``Block`` and ``EvaBlock``: LayerScale and the residual sum after attention, and the LayerNorm or RMSNorm after
+  them, are one call.
 - timm's ``Mlp``: GELU and the second linear layer are one call, whose backward pass has one kernel for the GELU.
 - transformers' ``BertSelfOutput``: the residual sum and the norm are one call. Some 40 architectures copy it.
 
@@ -28,6 +29,7 @@ from torch import Tensor, fx, nn
 
 from mvlm_kernels import add_layer_norm, dispatch, gelu_linear
 from mvlm_kernels.add_layer_norm import WIDEST
+from mvlm_kernels.arguments import compute_dtype
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport, listening, note
 from mvlm_kernels.integrations.classes import in_torchscript, node_of_call, put_back, scripted_as, traced
@@ -42,13 +44,14 @@ class Form:
     """A form of module that an op can compute.
 
     forward: the fused forward. why_not: reason why it cannot replace this module's own; None if it can. explain: gives
-    `calls.note` the op's arguments for a call of the module, and that reason. node: torch.fx does not look into the
-    module, whose calls are one node each.
+    `calls.note` the op's arguments for a call of the module, and that reason. fused: what is one call of an op in this
+    module. node: torch.fx does not look into the module, whose calls are one node each.
     """
 
     forward: Callable[..., Tensor]
     why_not: Callable[[Any], Refusal | None]
     explain: Callable[..., None]
+    fused: Callable[[Any], str]
     node: bool = True
 
 
@@ -68,7 +71,7 @@ def swap_blocks(model: nn.Module) -> SwapReport:
             reason = ALREADY_SWAPPED
         else:
             reason = OTHER_FORWARD if "forward" in vars(module) else form.why_not(module)
-        parts.append(Part(path, type(module).__name__, reason))
+        parts.append(Part(path, type(module).__name__, reason, "" if reason else form.fused(module)))
         if reason is None:
             module.__class__ = swapped_class(type(module))
             swapped.append(module)
@@ -145,20 +148,29 @@ def why_not_replaced(module: nn.Module, *kinds: type[nn.Module]) -> Refusal | No
 
 
 def _why_not_block(block: Any) -> Refusal | None:
-    return _why_not_norm(block.norm2)
+    return _why_not_norm(block.norm2, nn.RMSNorm, *_of_timm("norm", "RmsNorm"))
+
+
+def _why_not_eva_block(block: Any) -> Refusal | None:
+    return _why_not_block(block) or _why_not_behind_gate(block.drop_path1)
+
+
+def _why_not_behind_gate(drop_path: Any) -> Refusal | None:
+    """The op multiplies by LayerScale's vector after this module, which must not matter to it."""
+    return why_not_replaced(drop_path, nn.Identity, *_of_timm("drop", "DropPath"))
 
 
 def _why_not_residual_norm(module: Any) -> Refusal | None:
     return _why_not_norm(module.LayerNorm)
 
 
-def _why_not_norm(norm: Any) -> Refusal | None:
-    reason = why_not_replaced(norm, nn.LayerNorm, *_timm_norms())
+def _why_not_norm(norm: Any, *others: type[nn.Module]) -> Refusal | None:
+    """Reason why the op cannot compute a LayerNorm, or a norm of one of these other classes; None if it can."""
+    reason = why_not_replaced(norm, nn.LayerNorm, *_of_timm("norm", "LayerNorm"), *others)
     if reason is not None:
         return reason
-    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
-        reason = f"the norm must have weight and bias over the last axis, got {norm}"
-        return refusal(reason, "the original forward runs; give the norm both")
+    if len(norm.normalized_shape) != 1:
+        return refusal(f"the norm must be over the last axis, got {norm}", "the original forward runs")
     if norm.normalized_shape[0] > WIDEST:
         reason = f"a row of the norm has {norm.normalized_shape[0]} values, the kernel holds at most {WIDEST}"
         return refusal(reason, "the original forward runs; use rows of at most that width")
@@ -167,13 +179,10 @@ def _why_not_norm(norm: Any) -> Refusal | None:
     return None
 
 
-def _timm_norms() -> tuple[type[nn.Module], ...]:
-    return (sys.modules["timm.layers.norm"].LayerNorm,) if "timm.layers.norm" in sys.modules else ()
-
-
-def _timm_gelus() -> tuple[type[nn.Module], ...]:
-    """Class of timm that computes the exact GELU, as ``nn.GELU()`` does; it takes an ``inplace`` that it ignores."""
-    return (sys.modules["timm.layers.activations"].GELU,) if "timm.layers.activations" in sys.modules else ()
+def _of_timm(module: str, name: str) -> tuple[type[nn.Module], ...]:
+    """A class of ``timm.layers``; none where it is not imported."""
+    key = f"timm.layers.{module}"
+    return (getattr(sys.modules[key], name),) if key in sys.modules else ()
 
 
 def _why_not_mlp(mlp: Any) -> Refusal | None:
@@ -181,7 +190,7 @@ def _why_not_mlp(mlp: Any) -> Refusal | None:
         (mlp.fc2, (nn.Linear,)),
         (mlp.norm, (nn.Identity,)),
         (mlp.drop1, (nn.Dropout,)),
-        (mlp.act, (nn.GELU, *_timm_gelus())),
+        (mlp.act, (nn.GELU, *_of_timm("activations", "GELU"))),  # the exact one; its `inplace` has no effect
     ):
         reason = why_not_replaced(part, *kinds)
         if reason is not None:
@@ -195,35 +204,80 @@ def _why_not_mlp(mlp: Any) -> Refusal | None:
 def _block(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Forward of timm's Block: x (B, N, C), and the arguments of its attention."""
     kwargs |= dict(zip(("attn_mask", "is_causal"), args, strict=False))
-    y = block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs)))
-    norm, linear_follows = block.norm2, isinstance(getattr(block.mlp, "fc1", None), nn.Linear)
-    x, n = residual_norm(x, y, norm.weight, norm.bias, norm.eps, linear_follows)
+    y, gate = block.attn(block.norm1(x), **kwargs), _gate(block)
+    x, n = _after_attention(block, x, block.ls1(y) if gate is None else y, gate)
     return x + block.drop_path2(block.ls2(block.mlp(n)))
 
 
 def _explain_block(block: Any, reason: Refusal | None, x: Tensor, *_: Any, **__: Any) -> None:
-    norm = block.norm2
-    note(block, add_layer_norm, [reason], x, x, norm.weight, norm.bias, norm.eps)
+    norm, gate = block.norm2, _gate(block)
+    rms = not isinstance(norm, nn.LayerNorm)
+    bias, kind = None if rms else norm.bias, "rms" if rms else "layer"
+    note(block, add_layer_norm, [reason], x, x, norm.weight, bias, _eps(norm), gate=gate, kind=kind)
+
+
+def _eva_block(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Forward of timm's EvaBlock: x (B, N, C), and the arguments of its attention."""
+    kwargs |= dict(zip(("rope", "attn_mask", "is_causal"), args, strict=False))
+    x, n = _after_attention(block, x, block.attn(block.norm1(x), **kwargs), block.gamma_1)
+    y = block.mlp(n)
+    return x + block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
+
+
+def _gate(block: Any) -> Tensor | None:
+    """Vector (C,) of the LayerScale behind a block's attention; None without one, or if the module must be called."""
+    if hasattr(block, "gamma_1"):
+        return block.gamma_1
+    known = type(block.ls1) in _of_timm("layer_scale", "LayerScale")
+    plain = known and why_not_replaced(block.ls1, type(block.ls1)) is None
+    return block.ls1.gamma if plain and _why_not_behind_gate(block.drop_path1) is None else None
+
+
+def _fused_in_block(block: Any) -> str:
+    return f"residual sum, {'' if _gate(block) is None else 'LayerScale, '}{type(block.norm2).__name__}"
+
+
+def _after_attention(block: Any, x: Tensor, y: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The stream after attention, and its norm, both (B, N, C)."""
+    norm, linear_follows = block.norm2, isinstance(getattr(block.mlp, "fc1", None), nn.Linear)
+    rms = not isinstance(norm, nn.LayerNorm)
+    bias = None if rms else norm.bias
+    return residual_norm(x, block.drop_path1(y), norm.weight, bias, _eps(norm), linear_follows, gate, rms)
+
+
+def _eps(norm: Any) -> float:
+    if norm.eps is not None:
+        return norm.eps
+    # As nn.RMSNorm has it: that of the dtype in which torch computes.
+    return torch.finfo(compute_dtype(*(p.dtype for p in norm.parameters()))).eps
 
 
 @fx.wrap  # one node of a traced model
 def residual_norm(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, linear_follows: bool
-) -> tuple[Tensor, Tensor]:
-    """x + y and its layer norm, both (.., C): by the op, or as timm computes them where no kernel runs the call."""
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, linear_follows: bool,
+    gate: Tensor | None, rms: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x + gate * y and its norm, both (.., C): by the op, or as timm computes them where no kernel runs the call."""
     # By itself, so that TorchScript compiles nothing below it.
     if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
-        return _plain_residual_norm(x, y, weight, bias, eps)
+        return _plain_residual_norm(x, y, weight, bias, eps, gate, rms)
     if kernel_reasons(x):
-        return _plain_residual_norm(x, y, weight, bias, eps)
+        return _plain_residual_norm(x, y, weight, bias, eps, gate, rms)
+    if gate is not None:
+        x = x.to(torch.promote_types(x.dtype, gate.dtype))  # that of a sum with the product
     # Under autocast the linear layer after the norm would round it to 16 bits in any case.
     dtype = dispatch.autocast_dtype(x.device) if linear_follows else None
-    return add_layer_norm(x, y, weight, bias, eps, out_dtype=dtype or torch.promote_types(x.dtype, y.dtype))
+    dtype = dtype or torch.promote_types(x.dtype, y.dtype)
+    return add_layer_norm(x, y, weight, bias, eps, out_dtype=dtype, gate=gate, kind="rms" if rms else "layer")
 
 
-def _plain_residual_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x = x + y
-    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+def _plain_residual_norm(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, gate: Tensor | None, rms: bool
+) -> tuple[Tensor, Tensor]:
+    x = x + (y if gate is None else y * gate)
+    if rms:
+        return x, F.rms_norm(x, x.shape[-1:], weight, eps)
+    return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _explain_mlp(mlp: Any, reason: Refusal | None, x: Tensor) -> None:
@@ -267,14 +321,21 @@ def _forms() -> list[tuple[type[nn.Module], Form]]:
     found: list[tuple[type[nn.Module], Form]] = []
     if "timm" in sys.modules:
         from timm.layers.mlp import Mlp
+        from timm.models.eva import EvaBlock
         from timm.models.vision_transformer import Block
 
-        block = Form(_block, _why_not_block, _explain_block, node=False)
-        found += [(Block, block), (Mlp, Form(_mlp, _why_not_mlp, _explain_mlp))]
+        block = functools.partial(Form, explain=_explain_block, fused=_fused_in_block, node=False)
+        mlp = Form(_mlp, _why_not_mlp, _explain_mlp, lambda _: "GELU and second linear layer")
+        found += [
+            (Block, block(_block, _why_not_block)),
+            (EvaBlock, block(_eva_block, _why_not_eva_block)),
+            (Mlp, mlp),
+        ]
     if "transformers" in sys.modules:
         from transformers.models.bert.modeling_bert import BertSelfOutput
 
-        form = Form(_residual_norm, _why_not_residual_norm, _explain_residual_norm)
+        fused = "residual sum, LayerNorm"
+        form = Form(_residual_norm, _why_not_residual_norm, _explain_residual_norm, lambda _: fused)
         found.append((BertSelfOutput, form))
     return found
 

@@ -30,12 +30,13 @@ class Part:
     """One part of a model that a swap looked at.
 
     path: name of the module in the model, "" for the model itself. kind: class of the module. reason: why it was left
-    as it was; None if it was swapped.
+    as it was; None if it was swapped. fused: what is one call of an op in a swapped part; "" for all of it.
     """
 
     path: str
     kind: str
     reason: Refusal | None = None
+    fused: str = ""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class SwapReport:
     def __str__(self) -> str:
         lines = [
             f"{'swapped' if part.reason is None else 'kept'}: {part.path or 'the model'} ({part.kind})"
-            + (f": {part.reason}" if part.reason else "")
+            + (f": {part.reason or part.fused}" if part.reason or part.fused else "")
             for part in self.parts
         ]
         return "\n".join(lines or [f"nothing to swap: {ELSEWHERE}"])

@@ -58,11 +58,29 @@ def run(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def dino(**options: Any) -> Any:
+    """An EvaBlock vision transformer, as DINOv3 and EVA-02 are: rotary positions, LayerScale."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.models.eva.Eva(**(sizes | {"use_rot_pos_emb": True, "mlp_ratio": 2.0} | options))
+
+
 MODELS = {
     "vit": (vit, {}, ["add_layer_norm", "gelu_linear"] * 2),
     "vit, layer scale and dropped paths": (
         vit, {"init_values": 0.3, "drop_path_rate": 0.2}, ["add_layer_norm", "gelu_linear"] * 2
     ),
+    "vit, layer scale and RMS norms": (
+        vit, {"init_values": 0.3, "norm_layer": timm.layers.RmsNorm}, ["add_layer_norm", "gelu_linear"] * 2
+    ),
+    "vit, RMS norms of torch": (vit, {"norm_layer": nn.RMSNorm}, ["add_layer_norm", "gelu_linear"] * 2),
+    "vit, norms without weights": (
+        vit, {"norm_layer": partial(nn.LayerNorm, elementwise_affine=False)}, ["add_layer_norm", "gelu_linear"] * 2
+    ),
+    "dino, layer scale and dropped paths": (
+        dino, {"init_values": 0.3, "drop_path_rate": 0.2}, ["add_layer_norm", "gelu_linear"] * 2
+    ),
+    "dino, gated feed-forward": (dino, {"swiglu_mlp": True, "scale_mlp": True}, ["add_layer_norm"] * 2),
     "vit, GELU of timm": (vit, {"act_layer": timm_gelu}, ["add_layer_norm", "gelu_linear"] * 2),
     "bert, dropout": (bert, {"hidden_dropout_prob": 0.3}, ["add_layer_norm"] * 4),
 }  # fmt: skip
@@ -123,7 +141,7 @@ def test_gradient_checkpointing_works_in_every_room_for_gelus(model, reentrant, 
                 torch.testing.assert_close(run(model, x)[1], wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [vit, bert])
+@pytest.mark.parametrize("make", [vit, bert, partial(vit, init_values=0.3), partial(dino, init_values=0.3)])
 def test_autocast_gives_the_same_dtypes_and_values(make, fused_calls):
     model = make().eval()
     x = inputs(model)
@@ -198,9 +216,8 @@ def test_a_copy_uses_its_own_parameters(clone, fused_calls):
     [
         ({"act_layer": nn.SiLU}, "wanted GELU, got SiLU"),
         ({"act_layer": lambda: nn.GELU("tanh")}, "the op has the exact GELU"),
-        ({"norm_layer": lambda dim, **_: nn.LayerNorm(dim, elementwise_affine=False)}, "must have weight and bias"),
+        ({"norm_layer": timm.layers.SimpleNorm}, "got SimpleNorm"),
         ({"act_layer": timm.layers.activations.GELUTanh}, "wanted GELU, got GELUTanh"),
-        ({"norm_layer": nn.RMSNorm}, "wanted LayerNorm, got RMSNorm"),
         ({"mlp_layer": normed_mlp}, "wanted Identity, got LayerNorm"),
         ({"norm_layer": timm.layers.LayerNorm}, "timm's fast norm is on"),
     ],
@@ -215,9 +232,52 @@ def test_parts_that_an_op_cannot_compute_are_kept_with_a_reason(options, reason)
     assert all(reason in (part.reason or "") for part in report.kept)
 
 
+@pytest.mark.parametrize(
+    "make, options, fused",
+    [
+        (vit, {}, "residual sum, LayerNorm"),
+        (vit, {"init_values": 0.1}, "residual sum, LayerScale, LayerNorm"),
+        (vit, {"norm_layer": timm.layers.RmsNorm}, "residual sum, RmsNorm"),
+        (dino, {"init_values": 0.1, "norm_layer": timm.layers.RmsNorm}, "residual sum, LayerScale, RmsNorm"),
+    ],
+)
+def test_the_report_names_what_is_fused(make, options, fused):
+    report = swap_blocks(make(**options))
+    assert [part.fused for part in report.parts] == [fused, "GELU and second linear layer"] * 2
+    assert f"): {fused}\n" in str(report)
+
+
+@pytest.mark.parametrize("hooked", ["ls1", "drop_path1"])
+def test_a_hook_on_a_layer_scale_or_behind_it_sees_what_it_saw(hooked, fused_calls):
+    seen = []
+    model = vit(init_values=0.3).eval()
+    model.blocks[0].get_submodule(hooked).register_forward_hook(lambda *call: seen.append(call[2].detach()))
+    x = inputs(model)
+    wanted = model(x)
+    swap_blocks(model)
+    with use_backend("torch"):
+        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*seen)
+    assert fused_calls == ["add_layer_norm", "gelu_linear"] * 2
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_scaled_sum_in_16_bits_has_the_dtypes_of_the_original(weights):
+    """The first block of a model under autocast, whose patch embedding gives 16 bits, and LayerScale in float32."""
+    block = vit(init_values=0.3).blocks[0].to(weights).eval()
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        wanted = block(x)
+        swap_blocks(block)
+        with use_backend("torch"):
+            found = block(x)
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.slow
 def test_compiled_blocks_have_no_graph_break():
-    model = vit(depth=1).eval()
+    model = vit(depth=1, init_values=0.1, norm_layer=timm.layers.RmsNorm).eval()
     swap_blocks(model)
     with use_backend("torch"):
         wanted = model(inputs(model))
