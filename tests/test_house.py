@@ -59,7 +59,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {path.parent.name for path in PACKAGES["mvlm_kernels"].glob("*/cases.py")},  # the ops
         {"case", "language", "arguments", "linear"},
         {"dispatch", "registration"},
-        {"hardware"},
+        {"hardware", "machine_code"},
     ],
     "triton_proof": [
         {"__main__", "plugin"},
