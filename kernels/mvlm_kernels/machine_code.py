@@ -72,21 +72,25 @@ def instructions(cubin: bytes) -> Instructions:
 def counted(listing: str) -> Instructions:
     """Instructions of a kernel with at most one loop, which a branch to an earlier address ends.
 
-    A branch forward counts as not taken. Raises ValueError for several loops, such as those that wait for a product on
-    sm_100, and for subroutines: how often they run is not in the code. listing: text of cuobjdump.
+    A branch forward counts as not taken, and waits count as if they were over at once: a loop that sleeps is none, and
+    code behind the last exit, to which sm_100 goes for another look at a product or with an error, is left out. Raises
+    ValueError for several loops and for subroutines: how often they run is not in the code. listing: of cuobjdump.
     """
-    code, loops = [], {}
-    for number, text in _INSTRUCTION.findall(listing):
-        address = int(number, 16)
+    code = [(int(number, 16), text) for number, text in _INSTRUCTION.findall(listing)]
+    exits = [number for number, (_, text) in enumerate(code) if text == "EXIT"]
+    loops = {}
+    for number, (address, text) in enumerate(code):
         target = int(found[1], 16) if (found := _BRANCH.search(text)) else None
-        if target == address:  # the end: a branch to itself, and empty instructions behind it
+        if target == address or (exits and number > exits[-1]):  # the end is a branch to itself
+            code = code[:number]
             break
-        code.append(address)
         if re.search(r"\bRET\b", text):
             raise ValueError("the kernel has a subroutine")
         if target is not None and target < address:
-            loops[target] = address  # the last branch to a loop's head ends it
+            body = [text for at, text in code if target <= at <= address]
+            if not any("NANOSLEEP" in text for text in body):
+                loops[target] = address  # the last branch to a loop's head ends it
     if len(loops) > 1:
         raise ValueError(f"the kernel has {len(loops)} loops")
-    body = sum(first <= address <= last for first, last in loops.items() for address in code)
-    return Instructions(len(code) - body, body)
+    inside = sum(first <= address <= last for first, last in loops.items() for address, _ in code)
+    return Instructions(len(code) - inside, inside)

@@ -25,8 +25,10 @@ LOOP = """
         /*0050*/                   BRA.U UP0, 0x30 ;                     /* 0xfffffffd00f48547 */
         /*0060*/                   STG.E desc[UR6][R2.64], R0 ;          /* 0x0000000002007986 */
         /*0070*/                   EXIT ;                                /* 0x000000000000794d */
-        /*0080*/                   BRA 0x80;                             /* 0xfffffffc00fc7947 */
-        /*0090*/                   NOP;                                  /* 0x0000000000007918 */
+        /*0080*/              @!P1 BRA 0x30 ;                            /* 0xfffffffc00fc7947 */
+        /*0090*/                   RET.REL.NODEC R2 0x0 ;                /* 0x0000000002007950 */
+        /*00a0*/                   BRA 0xa0;                             /* 0xfffffffc00fc7947 */
+        /*00b0*/                   NOP;                                  /* 0x0000000000007918 */
 """
 
 KERNELS = """
@@ -64,14 +66,16 @@ print(json.dumps([count(*case) for case in json.loads(sys.argv[1])]))
 
 
 def test_a_listing_is_counted_as_by_hand() -> None:
-    """Three instructions in front of the loop and two behind it; three in its body."""
+    """Three instructions in front of the loop and two behind it; three in its body. Those behind the exit are none."""
     found = counted(LOOP)
     assert found == Instructions(outside=5, body=3)
     assert found.executed(2.5) == 12.5
     assert counted(LOOP.replace("BRA.U UP0, 0x30", "NOP")) == Instructions(8, 0)
-    for wrong in (LOOP.replace("EXIT", "RET.REL.NODEC R2 0x0"), LOOP.replace("@P0 BRA 0x70", "@P0 BRA 0x10")):
-        with pytest.raises(ValueError, match=r"subroutine|2 loops"):
-            counted(wrong)
+    assert counted(LOOP.replace("FFMA R0, R0, R0, 1", "NANOSLEEP 0x64")) == Instructions(8, 0)
+    with pytest.raises(ValueError, match="subroutine"):
+        counted(LOOP.replace("STG.E desc[UR6][R2.64], R0", "RET.REL.NODEC R2 0x0"))
+    with pytest.raises(ValueError, match="2 loops"):
+        counted(LOOP.replace("@P0 BRA 0x70", "@P0 BRA 0x10"))
 
 
 @pytest.mark.slow
