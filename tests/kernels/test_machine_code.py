@@ -78,6 +78,7 @@ def test_a_listing_is_counted_as_by_hand() -> None:
         counted(LOOP.replace("@P0 BRA 0x70", "@P0 BRA 0x10"))
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_instructions_that_are_added_to_a_kernel_are_counted(tmp_path: Path) -> None:
     """Forty more products outside the loop, or inside, of a kernel with none, one and two loops.
