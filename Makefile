@@ -369,9 +369,11 @@ aot: $(TRITONS:%=build/triton-%/.installed)
 	        --json benchmarks/results/aot-$${version%.*}.json || exit 1; \
 	done
 
-## traffic         count the bytes that the kernels move, against the fewest possible
+## traffic         count the bytes that the kernels move, against the fewest possible, and their instructions
 traffic: $(VENV)/.installed
 	$(BIN)/python -m mvlm_benchmarks.kernels.traffic --json benchmarks/results/traffic.json
+	$(BIN)/python -m mvlm_benchmarks.kernels.bounds --json benchmarks/results/bounds.json
+	$(BIN)/python docs/tables.py
 
 ## clean           remove everything that make made, the virtual environment and data included
 clean:

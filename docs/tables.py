@@ -569,6 +569,21 @@ def another_artist() -> str:
     return markdown(rows)
 
 
+def kernel_bounds() -> str:
+    """Instructions and bytes a value of each kernel of a step, and the time by instructions over that by bytes."""
+    found = json.loads((RESULTS / "bounds.json").read_text())["rows"]
+    archs = list(found[0]["machine"])
+    rows = [["kernel", *(f"instructions, {arch}" for arch in archs), "bytes", "registers, sm_90", *found[0]["bounds"]]]
+    for row in found:
+        name = f"`{row['kernels'][0]}`" + (", post-norm" if "post-norm" in row["shape"] else "")
+        counts = [f"{row['machine'][arch]['of_a_value']:.1f}" for arch in archs]
+        shares = [bound["issue_us"] / bound["memory_us"] for bound in row["bounds"].values()]
+        cells = [f"**{share:.2f}**" if share > 1 else f"{share:.2f}" for share in shares]
+        registers = str(row["machine"]["sm_90"]["registers"])
+        rows.append([name, *counts, f"{row['bytes_of_a_value']:.1f}", registers, *cells])
+    return markdown(rows)
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -581,6 +596,7 @@ TABLES = {
     "demo-retrieval": demo_retrieval,
     "demo-seeds": demo_seeds,
     "demo-gain": demo_gain,
+    "kernel-bounds": kernel_bounds,
     "step-speed": step_speed,
     "run-speed": run_speed,
     "study-objectives": lambda: study("objectives", "objectives"),

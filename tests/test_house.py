@@ -59,7 +59,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {path.parent.name for path in PACKAGES["mvlm_kernels"].glob("*/cases.py")},  # the ops
         {"case", "language", "arguments", "linear", "shadows"},
         {"dispatch", "registration"},
-        {"hardware", "launch_cache"},
+        {"hardware", "launch_cache", "machine_code"},
     ],
     "triton_proof": [
         {"__main__", "plugin"},

@@ -23,9 +23,7 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -43,6 +41,7 @@ import torch
 from mvlm_kernels import cases
 from mvlm_kernels.case import Launch
 from mvlm_kernels.hardware import MULTIPROCESSORS, blocks, multiprocessor
+from mvlm_kernels.machine_code import spill_bytes, usage
 
 ARCHS = {f"sm_{arch}": arch for arch in MULTIPROCESSORS}
 """NVIDIA targets, and their compute capability as an int."""
@@ -126,41 +125,6 @@ def _compile_one(number: int) -> str:
     except Exception as error:
         return f"{kernel.__name__}: {type(error).__name__}: {error}".split("\n")[0]
     return ""
-
-
-def _tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def usage(cubin: bytes) -> dict[str, int]:
-    """Registers (REG) and bytes of stack (STACK) per thread, as the machine code states them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        text = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-
-
-def spill_bytes(ptx: str, arch: str) -> int:
-    """Bytes of spill stores and loads. ptxas has to compile again to print them: call it only if there is a stack."""
-    hopper = int(arch.removeprefix("sm_")) >= 90  # or later
-    suffix = "a" if hopper else ""
-    ptxas = _tool("ptxas-blackwell") if hopper and Path(_tool("ptxas-blackwell")).exists() else _tool("ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        # Triton's own flags: other flags give other schedules, which spill other registers.
-        flags = ["-lineinfo", "--regAllocOptLevel=2"] if "blackwell" in ptxas else ["-lineinfo"]
-        log = subprocess.run(
-            [ptxas, "-v", *flags, f"--gpu-name={arch}{suffix}", str(source), "-o", f"{folder}/kernel.cubin"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
 
 
 def recorded(op: str, arch: str, select: str = "") -> Iterator[Launch]:

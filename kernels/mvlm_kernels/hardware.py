@@ -1,8 +1,11 @@
-"""Peak rates of NVIDIA data-centre GPUs, from their data sheets, and what a multiprocessor holds."""
+"""Peak rates of NVIDIA GPUs, from their data sheets, and what a multiprocessor holds."""
 
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
+
+LANES = 4 * 32
+"""Lanes of the instructions that a multiprocessor issues in a cycle: one of a warp by each of four schedulers."""
 
 
 @dataclass(frozen=True)
@@ -10,30 +13,48 @@ class Gpu:
     """Peak rates of one GPU.
 
     bandwidth: bytes per second of its memory. flops: dense bfloat16 operations per second. source: the data sheet.
+    arch: compute capability as an int. multiprocessors: number of them. clock: cycles per second, at which flops are
+    reached.
     """
 
     bandwidth: float
     flops: float
     source: str
+    arch: int
+    multiprocessors: int
+    clock: float
+
+    @property
+    def issues(self) -> float:
+        """Instructions of single lanes issued per second."""
+        return self.multiprocessors * LANES * self.clock
 
 
 GPUS = {
-    "A100": Gpu(2.039e12, 312e12, "NVIDIA A100 Tensor Core GPU data sheet, SXM 80 GB"),
-    "H100": Gpu(3.35e12, 989e12, "NVIDIA H100 Tensor Core GPU data sheet, SXM; 1,979 TFLOPS with sparsity"),
-    "H200": Gpu(4.8e12, 989e12, "NVIDIA H200 Tensor Core GPU data sheet, SXM; 1,979 TFLOPS with sparsity"),
-    "B200": Gpu(
-        8.0e12, 2250e12, "NVIDIA HGX B200 data sheet: an eighth of 64 TB/s and of 36 PFLOPS with sparsity, halved"
+    "A100": Gpu(2.039e12, 312e12, "NVIDIA A100 Tensor Core GPU data sheet, SXM 80 GB", 80, 108, 1.41e9),
+    "H100": Gpu(
+        3.35e12, 989e12, "NVIDIA H100 Tensor Core GPU data sheet, SXM; 1,979 TFLOPS with sparsity", 90, 132, 1.83e9
     ),
-}
+    "H200": Gpu(
+        4.8e12, 989e12, "NVIDIA H200 Tensor Core GPU data sheet, SXM; 1,979 TFLOPS with sparsity", 90, 132, 1.83e9
+    ),
+    "B200": Gpu(
+        8.0e12, 2250e12, "NVIDIA HGX B200 data sheet: an eighth of 64 TB/s and of 36 PFLOPS with sparsity, halved",
+        100, 148, 1.86e9,
+    ),
+    "RTX 5090": Gpu(
+        1.792e12, 209.5e12, "NVIDIA RTX Blackwell GPU Architecture, table of the GeForce RTX 5090", 120, 170, 2.41e9
+    ),
+}  # fmt: skip
 
 
 def peak_rates(device_name: str) -> Gpu | None:
     """Peak rates of a GPU by its CUDA device name; None for a GPU that is not in :data:`GPUS`.
 
-    The table lists SXM parts (A100: 80 GB). PCIe, NVL and 40 GB versions and MIG slices have other rates, so the result
-    is None for them.
+    The table lists SXM parts (A100: 80 GB). PCIe, NVL, 40 GB and laptop versions, the 5090 D and MIG slices have other
+    rates, so the result is None for them.
     """
-    if re.search(r"PCIe|NVL|40GB|MIG", device_name, re.IGNORECASE):
+    if re.search(r"PCIe|NVL|40GB|MIG|Laptop|5090 D", device_name, re.IGNORECASE):
         return None
     found = re.search(rf"\b({'|'.join(GPUS)})\b", device_name)
     return GPUS[found.group(1)] if found else None

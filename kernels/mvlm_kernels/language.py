@@ -74,6 +74,22 @@ def cast(x, DTYPE: tl.constexpr):
     return y
 
 
+@triton.jit
+def reciprocal(x):
+    """1 / x of float32 to within an ulp, in one instruction; a division by Triton takes eight."""
+    if _INTERPRET:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
+def quotient(a, b):
+    """a // b of int32 that are not negative. Without signs a division takes two thirds of the instructions."""
+    return (a.to(tl.uint32) // b.to(tl.uint32)).to(tl.int32)
+
+
 @functools.cache
 def accumulator(*dtypes: torch.dtype) -> tl.dtype:
     """The dtype to compute in: float64 if an input is (gradcheck, interpreted), else float32."""
@@ -153,8 +169,9 @@ SIZES = ["stride_kb", "stride_kk", "rows", "K", "num_patches", "grid_w"]
 @triton.jit
 def image_offsets(patch, c, p, grid_w, strides, P: tl.constexpr):
     """Offsets from an image's start to pixels p of channel c of a patch. strides: of channels, rows and columns."""
-    top = (patch // grid_w).to(tl.int64) * P
-    left = (patch % grid_w).to(tl.int64) * P
+    y = quotient(patch, grid_w)
+    top = y.to(tl.int64) * P
+    left = (patch - y * grid_w).to(tl.int64) * P
     return c * strides[0] + (top + p // P) * strides[1] + (left + p % P) * strides[2]
 
 
@@ -165,20 +182,24 @@ def load_patches(
     """Patches of the rows (BLOCK_R,), as (x / 255 if uint8 else x - mean) / std, in ACC.
 
     A tuple of tiles (BLOCK_R, BLOCK_F): tile i holds features i * BLOCK_F and the next ones, in (c, y, x) order.
-    Pixels of a patch id outside the image are NaN; rows and features that do not exist are NaN too. A pixel costs a
-    multiply-add and a multiplication: 1/255 is a constant, and std is inverted once per channel.
+    Pixels of a patch id outside the image are NaN, and so are rows that do not exist; features that do not exist have
+    any value. A pixel costs a multiply-add and a multiplication: 1/255 is a constant, and std is inverted once per
+    channel.
 
     images: (pointer, strides of B, C, H, W). norm: pointers of mean and std. ids: (pointer, strides). A pointer may be
     None. sizes: (rows, K, patches of an image, patches in a row of an image). See :func:`pixel_source`.
     """
     rows, K, num_patches, grid_w = sizes
-    b = row // K
-    patch = row % K
+    b = quotient(row, K)
+    patch = row - b * K
     if ids[0] is not None:
         at = b.to(tl.int64) * ids[1] + patch.to(tl.int64) * ids[2]
         patch = tl.load(ids[0] + at, mask=row < rows, other=-1)
     exists = (row < rows) & (patch >= 0) & (patch < num_patches)
+    patch = patch.to(tl.int32)
     start = (b.to(tl.int64) * images[1])[:, None]
+    # One NaN a row, in a factor of all its pixels: a choice for each of them would cost more than the rest.
+    of_bytes = tl.where(exists, tl.full((), 1.0 / 255.0, ACC), float("nan"))[:, None]
     tiles = ()
     for i in tl.static_range(0, C * P * P, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = i + tl.arange(0, BLOCK_F)[None, :]
@@ -190,12 +211,13 @@ def load_patches(
             p = f % (P * P)
         readable = exists[:, None] & (f < C * P * P)
         offsets = start + image_offsets(patch[:, None], c, p, grid_w, images[2:], P)
-        x = widen(tl.load(images[0] + offsets, mask=readable, other=0), ACC)
         if images[0].dtype.element_ty == tl.uint8:
-            x = x * (1.0 / 255.0)
+            x = widen(tl.load(images[0] + offsets, mask=readable, other=0), ACC) * of_bytes
+        else:
+            x = widen(tl.load(images[0] + offsets, mask=readable, other=float("nan")), ACC)
         if norm[0] is not None:
             x = x - widen(tl.load(norm[0] + c, mask=c < C, other=0.0), ACC)
         if norm[1] is not None:
-            x = x * (1.0 / widen(tl.load(norm[1] + c, mask=c < C, other=1.0), ACC))
-        tiles += (tl.where(readable, x, float("nan")),)
+            x = x * reciprocal(widen(tl.load(norm[1] + c, mask=c < C, other=1.0), ACC))
+        tiles += (x,)
     return tiles

@@ -45,6 +45,7 @@ from mvlm_kernels.cases import timed
 from mvlm_kernels.cross_attention.cases import of_captions
 from mvlm_kernels.gelu_linear import cases as gelu
 from mvlm_kernels.hardware import GPUS
+from mvlm_kernels.split_linear import cases as split
 
 BF16 = torch.bfloat16
 BATCH, SAMPLES = 256, (1, 2)
@@ -62,18 +63,19 @@ Access = Callable[[Any, Any, int, bool], None]
 
 
 def counted(batch: int) -> list[Case]:
-    """Cases of equal rows whose work is all in kernels, and GELU without the products, which are torch's."""
+    """Cases of equal rows whose work is all in kernels, and two ops without their products, which are torch's."""
     found = [
         case
         for case in sorted(timed(batch, BF16), key=lambda case: not case.core)
         if not case.left_to_torch and case.op != "gelu_linear"
         and not re.search("captions|packed|key_index|577", case.label)
     ]  # fmt: skip
-    return [*found, between_layers(2 * batch * 197, BF16, post_norm=True), _gelu(batch)]
+    return [*found, between_layers(2 * batch * 197, BF16, post_norm=True), _gelu(batch), _split(batch)]
 
 
 def samples_of(case: Case) -> tuple[int, int]:
-    return ROW_SAMPLES if case.op in ("add_layer_norm", "gelu_linear") and "gate" not in case.label else SAMPLES
+    rows = case.op in ("add_layer_norm", "gelu_linear", "split_linear") and "gate" not in case.label
+    return ROW_SAMPLES if rows else SAMPLES
 
 
 def _gelu(batch: int) -> Case:
@@ -84,8 +86,25 @@ def _gelu(batch: int) -> Case:
     return replace(case, minimum=(4 * values + vectors, 8 * values + 2 * vectors), flops=(0, 0))
 
 
+def _split(batch: int) -> Case:
+    """Gradients of queries, keys and values, side by side; x is narrow, so that its products cost little."""
+    rows, width, parts = 197 * batch, PAPER.width, 3
+    case = split.case(f"{rows} rows of {parts} x {width}, without products", rows, width, parts, BF16)
+    return replace(case, minimum=(0, 4 * rows * parts * width + 4 * parts * width))
+
+
+def _split_eager(inputs: Inputs) -> Any:
+    """Backward of three views of one tensor with a bias, without the product."""
+    parts = inputs.fixed["parts"]
+    return lambda x, weight, bias: bias.expand(len(x), -1).unflatten(1, (parts, -1)).unbind(1)
+
+
 def _gelu_eager(inputs: Inputs) -> Any:
     return lambda h, weight, h_bias: F.gelu(h + h_bias.to(h))
+
+
+WITHOUT_PRODUCTS = {"gelu_linear": _gelu_eager, "split_linear": _split_eager}
+"""Compositions of eager torch of the ops that are counted without their products."""
 
 
 def indexed() -> Case:
@@ -224,7 +243,7 @@ def rows(select: str = "") -> list[dict[str, Any]]:
         if not re.search(select, f"{case.op} {case.label}"):
             continue
         plain = partial(ours, replace(case, ours=case.oracle))
-        eager = _gelu_eager if case.op == "gelu_linear" else EAGER.get(case.op, plain)
+        eager = WITHOUT_PRODUCTS.get(case.op) or EAGER.get(case.op, plain)
         if "key_index" in case.label:
             moved, by_torch = measure(case, lambda: Cache(L2 // SHARE)), passes(case, eager, TorchTraffic)
         else:

@@ -32,7 +32,7 @@ from mvlm_kernels.cross_attention.tile_io import (
     store_rows,
     transposed_probabilities,
 )
-from mvlm_kernels.language import cast, dot
+from mvlm_kernels.language import cast, dot, reciprocal
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -85,8 +85,8 @@ def short_kv_forward(
         if dropout is not None:
             p = p * kept(dropout, b, h, rm, 0, False, BLOCK_N, ACC)
         o = dot(cast(p, v_tile.dtype), v_tile, tl.zeros((BLOCK_M, BLOCK_D), ACC), PRECISION)
-        # The product takes P before it is normalised, at most 1, and the division is in the accumulator's dtype.
-        o = o / tl.where(total == 0.0, 1.0, total)[:, None]
+        # The product takes P before it is normalised, at most 1. The sum is normalised in the accumulator's dtype.
+        o = o * reciprocal(tl.where(total == 0.0, 1.0, total))[:, None]
         lse = log_sum_exp(m, total)
         if keys[3] is not None or keys[4] is not None:
             o = tl.where(bad, float("nan"), o)

@@ -29,7 +29,7 @@ from mvlm_kernels.cross_attention.tile_io import (
     store_rows,
     transposed_probabilities,
 )
-from mvlm_kernels.language import cast, dot, widen
+from mvlm_kernels.language import cast, dot, reciprocal, widen
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -82,7 +82,7 @@ def short_q_forward(
             p = p * kept(dropout, b, h, rm, n0, False, BLOCK_N, ACC)
         o = dot(cast(p, v_tile.dtype), v_tile, o * shrink[:, None], PRECISION)
         m = m_new
-    o = o / tl.where(total == 0.0, 1.0, total)[:, None]
+    o = o * reciprocal(tl.where(total == 0.0, 1.0, total))[:, None]
     lse = log_sum_exp(m, total)
     if keys[4] is not None or cu_q_ptr is not None:
         o = tl.where(bad, float("nan"), o)
@@ -126,7 +126,7 @@ def short_q_combine(
         m = m_new
         partial_ptr += partial_size
         partial_lse_ptr += partial_lse_size
-    o = o / tl.where(total == 0.0, 1.0, total)[:, None]
+    o = o * reciprocal(tl.where(total == 0.0, 1.0, total))[:, None]
     store_rows(out_ptr + h * D, r, H * D, inside, o, D, BLOCK_D)
     tl.store(lse_ptr + at, log_sum_exp(m, total), mask=inside)
 

@@ -15,22 +15,12 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.dispatch import ceil_div
-from mvlm_kernels.language import _INTERPRET, accumulator, cast, sum_columns, walking, widen
+from mvlm_kernels.language import accumulator, cast, reciprocal, sum_columns, walking, widen
 
 BLOCK_R, BLOCK_C, WARPS = 8, 256, 4
 # Most registers of a thread, and so the programs that a multiprocessor holds. 9 and 6 programs, by 56 and 80 registers,
 # would spill on sm_100.
 FORWARD, BACKWARD = 64, 96
-
-
-@triton.jit
-def _reciprocal(x):
-    """1 / x of float32 to within an ulp, in one instruction; a division by Triton takes eight."""
-    if _INTERPRET:
-        y = 1.0 / x
-    else:
-        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return y
 
 
 @triton.jit
@@ -48,7 +38,7 @@ def normal(x):
     else:
         power = tl.exp2(x * x * -0.7213475204444817)
         size = tl.minimum(tl.abs(x), 16.0)  # power is 0 from there on; infinity / infinity would be NaN
-        u = size * _reciprocal(1.0 + 0.3181980515339463 * size)
+        u = size * reciprocal(1.0 + 0.3181980515339463 * size)
         q = 8.259688928884256e-05 - 1.590934793434284e-05 * u
         q = q * u + 0.00026202475531102664
         q = q * u - 0.001337024949170824
@@ -67,16 +57,18 @@ def gelu_kernel(
 ):  # fmt: skip
     """out = GELU(h + bias), (R, C), contiguous. Program (rows, columns)."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    r = tl.arange(0, BLOCK_R)
+    at = (r * C)[:, None] + c[None, :]  # places in a tile, from its start
     bias = tl.zeros((BLOCK_C,), ACC)
     if bias_ptr is not None:
         bias += widen(tl.load(bias_ptr + c, mask=c < C, other=0.0), ACC)
+    start = (tl.program_id(0) * BLOCK_R).to(tl.int64) * C
     for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
-        r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
-        inside = (r < R)[:, None] & (c < C)[None, :]
-        at = (r * C)[:, None] + c[None, :]
-        x = widen(tl.load(h_ptr + at, mask=inside, other=0.0), ACC) + bias[None, :]
+        inside = (r < R - first)[:, None] & (c < C)[None, :]
+        x = widen(tl.load(h_ptr + start + at, mask=inside, other=0.0), ACC) + bias[None, :]
         below, _ = normal(x)
-        tl.store(out_ptr + at, cast(x * below, out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + start + at, cast(x * below, out_ptr.dtype.element_ty), mask=inside)
+        start += (tl.num_programs(0) * BLOCK_R).to(tl.int64) * C
 
 
 @triton.jit(do_not_specialize=["R"])

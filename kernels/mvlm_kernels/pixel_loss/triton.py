@@ -24,21 +24,15 @@ loss_dtype = cache(compute_dtype)
 
 @triton.jit
 def loss_and_slope(difference, KIND: tl.constexpr):
-    """Loss of each pixel and its derivative. A NaN difference gives NaN in both."""
-    # Neither comparison holds for NaN, so the sign of NaN is the difference itself: NaN.
+    """Loss of each pixel and its derivative; for L1 an integer, -128 where the difference is NaN."""
     if KIND == "l1":
         loss = tl.abs(difference)
-        slope = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+        no_more, no_less = difference <= 0, difference >= 0  # both at 0, neither for NaN
+        slope = tl.where(no_more, tl.where(no_less, 0, -1), tl.where(no_less, 1, -128))
     else:
         loss = difference * difference
         slope = 2 * difference
     return loss, slope
-
-
-@triton.jit
-def encode_slope(slope, DTYPE: tl.constexpr):
-    """Slope in its saved form: int8 for L1, in which -128 stands for NaN, else rounded to DTYPE."""
-    return tl.where(slope != slope, -128.0, slope).to(tl.int8) if tl.int8 == DTYPE else cast(slope, DTYPE)
 
 
 @triton.jit
@@ -100,13 +94,14 @@ def loss_kernel(
     for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = (i + tl.arange(0, BLOCK_F))[None, :]
         inside = (row < rows)[:, None] & (f < F)
-        # A bad id has no readable pixel: its target is NaN, and so are its loss and its gradient.
+        # A bad id has no readable pixel: its target is NaN, and so are its loss and its gradient. Compiled, the last
+        # product of the target is fused into the difference and not rounded: equal values may differ by half an ulp.
         pred = widen(preds[i // BLOCK_F], ACC)
         loss, slope = loss_and_slope(pred - targets[i // BLOCK_F], KIND)
         losses += tl.where(inside, loss, 0.0)
         if slope_ptr is not None:
-            slopes = encode_slope(slope, slope_ptr.dtype.element_ty)
-            tl.store(slope_ptr + (row.to(tl.int64) * F)[:, None] + f, slopes, mask=inside)
+            slope = cast(slope, slope_ptr.dtype.element_ty)
+            tl.store(slope_ptr + (row.to(tl.int64) * F)[:, None] + f, slope, mask=inside)
     loss_of_row = tl.sum(losses, axis=1) / F
     if REDUCE:
         tl.store(loss_ptr + tl.program_id(0), tl.sum(loss_of_row, axis=0))

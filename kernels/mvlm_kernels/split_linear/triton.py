@@ -24,18 +24,21 @@ def stack_rows_kernel(
 
     Program (rows, slice of the columns of a part).
     """
+    part = tl.program_id(1) // SLICES
     c = tl.program_id(1) % SLICES * BLOCK_C + tl.arange(0, BLOCK_C)
-    for i in tl.static_range(N):
-        if tl.program_id(1) // SLICES == i:
-            total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
-            for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
-                r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
-                inside = (r < R)[:, None] & (c < W)[None, :]
-                x = tl.load(parts[i] + (r * W)[:, None] + c[None, :], mask=inside, other=0.0)
-                tl.store(out_ptr + ((r * N + i) * W)[:, None] + c[None, :], x, mask=inside)
-                total += widen(x, ACC)
-            share = partial_ptr + (tl.program_id(0).to(tl.int64) * N + i) * W
-            tl.store(share + c, tl.sum(total, axis=0), mask=c < W)
+    part_ptr = parts[0]
+    for i in tl.static_range(1, N):
+        if part == i:
+            part_ptr = parts[i]
+    total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
+        r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+        inside = (r < R)[:, None] & (c < W)[None, :]
+        x = tl.load(part_ptr + (r * W)[:, None] + c[None, :], mask=inside, other=0.0)
+        tl.store(out_ptr + ((r * N + part) * W)[:, None] + c[None, :], x, mask=inside)
+        total += widen(x, ACC)
+    share = partial_ptr + (tl.program_id(0).to(tl.int64) * N + part) * W
+    tl.store(share + c, tl.sum(total, axis=0), mask=c < W)
 
 
 def stack_rows(*parts: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mvlm_benchmarks.kernels.checks import check_kernels
 from mvlm_benchmarks.kernels.compare import Ceilings, bench_case, rows_of
 from mvlm_benchmarks.kernels.peers import Peer
 from mvlm_benchmarks.unavailable import Missing, NotApplicable
-from mvlm_kernels.hardware import Gpu
+from mvlm_kernels.hardware import GPUS, Gpu
 from support.benchmarks import FakeClock, toy_case
 
 TOY = toy_case()
@@ -30,6 +31,11 @@ def peer(name: str, function=None, *, error: Exception | None = None) -> Peer:
 
 
 GOOD = peer("good", lambda x: x + x)
+
+
+def gpu_of(flops: float) -> Gpu:
+    """A GPU of 1 GB/s."""
+    return replace(GPUS["H100"], bandwidth=1e9, flops=flops)
 
 
 def compared(
@@ -207,13 +213,13 @@ def test_rates_and_roofline_match_a_count_by_hand() -> None:
     def of_ours(ceilings, case=half) -> list[dict]:
         return compared(case=case, ceilings=ceilings)["ours"]
 
-    forward, _, both = of_ours(Ceilings(Gpu(bandwidth=1e9, flops=1e9, source="")))
+    forward, _, both = of_ours(Ceilings(gpu_of(1e9)))
     assert (forward["gb_per_s"], forward["roofline_pct"], forward["bytes_minimum"]) == (0.8, 80.0, 8000)
     assert (both["gb_per_s"], both["roofline_pct"], both["bytes_minimum"]) == (1.6, 160.0, 16000)
     # At 0.3 GFLOPS backward's 3,000 operations take 10 us and its bytes 8.
-    assert of_ours(Ceilings(Gpu(1e9, 0.3e9, "")))[1]["roofline_pct"] == pytest.approx(100)
+    assert of_ours(Ceilings(gpu_of(0.3e9)))[1]["roofline_pct"] == pytest.approx(100)
     # The table's operations are bfloat16's: float32 has no roofline in it; nor has an unknown machine.
-    for rows in (of_ours(Ceilings(Gpu(1e9, 1e9, "")), TOY), of_ours(Ceilings())):
+    for rows in (of_ours(Ceilings(gpu_of(1e9)), TOY), of_ours(Ceilings())):
         assert all(row["roofline_pct"] is None for row in rows)
 
 
