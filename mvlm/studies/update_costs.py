@@ -47,7 +47,7 @@ def update_flops(config: PretrainConfig, tokens: float) -> float:
 def _optimizer_flops(config: PretrainConfig) -> int:
     shape = StepShape(pairs=2, parts=part_settings(config))
     with fake_step(config.model, shape, objectives_of(config)) as (model, step):
-        counted(model, step, drawn_tokens(config.model, shape), shape.gpu)
+        counted(model, step, drawn_tokens(config.model, shape), shape)
         optimizer = make_optimizer(model, config, torch.device("cpu"))
         with FlopCounterMode(display=False) as counter:
             optimizer.step()

@@ -65,13 +65,13 @@ def test_own_code_runs_if_the_user_names_it_and_masks_of_ones_own_are_kept(scene
         "def more(features):\n    return 0.01 * features.image.float().square().mean()\n\n"
         "def few(draw):\n    return draw.random(image_mask_ratio=0.4)\n"
     )
-    own = {"own_loss": f"{file}:more", "own_masks": f"{file}:few"}
-    failed = failing_run(scenes, tmp_path / "run", **own)
+    own_loss = f"{file}:more"
+    failed = failing_run(scenes, tmp_path / "run", own_loss=own_loss, own_masks=f"{file}:few")
     marker.unlink()
     with pytest.raises(RunError, match="--own-loss"):
         replay(failed, ALONE)
     assert not marker.exists()
-    assert replay(failed, ALONE, own["own_loss"]).differences == {}
+    assert replay(failed, ALONE, own_loss).differences == {}
 
 
 @pytest.mark.slow
