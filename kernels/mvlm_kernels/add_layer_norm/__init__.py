@@ -18,6 +18,8 @@ __all__ = ["add_layer_norm"]
 
 WIDEST = 8192
 """Largest C of the kernels: a row has to fit in registers."""
+OF_SAMPLES = "gate", "scale", "shift"
+"""Vectors that may be those of a sample."""
 
 
 def _checked(
@@ -33,19 +35,19 @@ def _checked(
         check_tensor("y", y, device=device)
         if y.shape != shape:
             raise ValueError(f"y must have the shape of x, {tuple(shape)}, got {tuple(y.shape)}")
-    of_samples = ((shape[0], shape[-1]),) if len(shape) > 1 else ()
-    for name, vector, more in (
-        ("weight", weight, ()), ("bias", bias, ()), ("y_bias", y_bias, ()),
-        ("gate", gate, of_samples), ("scale", scale, of_samples), ("shift", shift, of_samples),
+    of_all = shape[-1:]
+    for name, vector in (
+        ("weight", weight), ("bias", bias), ("y_bias", y_bias), ("gate", gate), ("scale", scale), ("shift", shift)
     ):  # fmt: skip
         if vector is None:
             continue
         check_tensor(name, vector, device=device)
         if y is None and name in ("y_bias", "gate"):
             raise ValueError(f"{name} must be None where y is None, got {type(vector).__name__}")
-        wanted = (tuple(shape[-1:]), *more)
-        if tuple(vector.shape) not in wanted:
-            raise ValueError(f"{name} must have shape {' or '.join(map(str, wanted))}, got {tuple(vector.shape)}")
+        if vector.shape != of_all:
+            wanted = [(*of_all,), (shape[0], *of_all)] if name in OF_SAMPLES and len(shape) > 1 else [(*of_all,)]
+            if (*vector.shape,) not in wanted:
+                raise ValueError(f"{name} must have shape {' or '.join(map(str, wanted))}, got {(*vector.shape,)}")
     check_choice("kind", kind, ("layer", "rms"))
     if out_dtype is None:
         out_dtype = x.dtype if y is None else y.dtype

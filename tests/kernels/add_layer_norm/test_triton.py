@@ -73,7 +73,9 @@ def test_programs_walk_over_many_tiles(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize(
-    "types", [(FP32, BF16, BF16, FP32), (BF16, BF16, None, BF16), (FP64, FP64, FP64, FP64)], ids=str
+    "types",
+    [(FP32, BF16, BF16, FP32), (BF16, BF16, None, BF16), (FP16, FP16, None, FP32), (FP32, FP32, None, FP32)],
+    ids=str,
 )
 @pytest.mark.parametrize("name", MODULATED)
 def test_gates_scales_shifts_and_both_norms(name: str, types: Any, post_norm: bool):
