@@ -24,7 +24,7 @@ from .lanes import LaneOrder
 IN_FLIGHT = 64
 """Ranges that the ranks of a node read at a time, if it has at most eight; each reads at least eight."""
 AHEAD_S = 10.0
-"""Seconds of training whose samples are asked for in advance."""
+"""Seconds of training whose samples are asked for in advance, at most those of an epoch."""
 AHEAD_SAMPLES = 1024
 """Samples of a rank that are asked for in advance, at least."""
 AHEAD_BYTES = 512 << 20
@@ -63,7 +63,7 @@ class Ring:
     ):
         self._links, self._order, self._own = links, order, own
         self._offset, self._first = dataset.start, links.index.first  # ids count from the data set's first sample
-        self._start, self._step, self._ranks = start, step, ranks
+        self._start, self._step, self._ranks, self._size = start, step, ranks, len(dataset)
         self._store = RangeStore(max(8, IN_FLIGHT // ranks))
         self._planned = start  # positions before it have been asked for
         self._blocks: dict[int, _Block] = {}  # by position, those whose bytes are not taken apart yet
@@ -109,6 +109,7 @@ class Ring:
         if len(self._times) > 1:
             (before, begin), (now, end) = self._times[0], self._times[-1]
             ahead = max(ahead, int(AHEAD_S * (end - begin) / max(now - before, 1e-3)))
+        ahead = min(ahead, self._size)
         while self._planned <= last or (self._planned <= last + ahead and self._bytes < AHEAD_BYTES):
             positions = np.arange(self._planned, self._planned + self._step)
             for position in positions[self._own(positions)].tolist():
