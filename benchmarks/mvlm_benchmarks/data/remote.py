@@ -156,7 +156,7 @@ def load(
     """Loader of one rank. Appends to OUT/RANK a line for each step, and writes a state every few steps."""
     dataset = open_dataset(folder, "train")
     tokenizer = train_tokenizer(["image 0123456789 shows a part of the photograph, with other colours"], 300)
-    settings = {"batch_size": BATCH, "image_size": 224, "text_length": 24, "seed": 0}
+    settings: dict[str, Any] = {"batch_size": BATCH, "image_size": 224, "text_length": 24, "seed": 0}
     loader = Loader(dataset, tokenizer, rank=rank, world_size=ranks, **settings)
     if state is not None:
         loader.load_state_dict(state)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mvlm_dataloading.batch import Batch, Masks
 from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.masking import Masking
 from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
 
@@ -261,7 +262,13 @@ class Loader:
             self._config = replace(self._config, seed=state["seed"])
         same_data = state["fingerprint"] == self.dataset.fingerprint
         if self.train and same_data:
-            self._config = replace(self._config, lanes=lanes_of(state))
+            lanes = lanes_of(state)
+            if lanes is not None and self._config.lanes is None:
+                raise DataError(
+                    f"{self.dataset.folder}: wanted a state of sample order 1, found one of order 2, which linked tars "
+                    "alone have; use the run's own state"
+                )
+            self._config = replace(self._config, lanes=lanes)
         bad, samples_seen = (frozenset(state["skipped"]), state["met"]) if same_data else (frozenset(), 0)
         self._progress = Progress(0, bad, samples_seen)
         self.step = state["step"]

@@ -132,8 +132,8 @@ def compare_states(state: dict[str, Any], now: dict[str, Any], *, folder: Any, o
         raise DataError(f"{folder}: wanted the state of a loader, found one without {', '.join(missing)}")
     if state.get("order", 1) not in ORDERS:
         raise DataError(
-            f"{folder}: wanted a state with sample order 1 or 2, found {state['order']}; finish the run with the mvlm "
-            "version that started it"
+            f"{folder}: wanted a state with sample order version 1 or 2, found {state['order']}; finish the run with "
+            "the mvlm version that started it"
         )
     before, together = (one.get("per_image", 1) for one in (state, now))
     if before != together:

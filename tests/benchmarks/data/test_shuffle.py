@@ -17,6 +17,6 @@ def test_independent_samples_of_a_batch():
 
 
 @pytest.mark.slow
-def test_order_2_is_between_order_1_and_a_full_permutation_if_shards_are_alike():
+def test_order_2_mixes_shards_better_than_order_1():
     found = {row["order"]: row["shard"] for row in rows(200, 500, 20) if row["batch"] == 512}
     assert 2 * found["order 1"] < found["order 2"] < found["full permutation"]

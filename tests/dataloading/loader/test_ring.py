@@ -14,6 +14,7 @@ from mvlm_dataloading.links import store
 from mvlm_dataloading.links.captions import parse_captions_option
 from mvlm_dataloading.loader import ring
 from mvlm_dataloading.loader.lanes import LaneOrder
+from mvlm_dataloading.loader.resume import lanes_of
 from mvlm_dataloading.loader.sampler import SampleOrder, substitute_sample
 from mvlm_dataloading.tools.link import LinkOptions, link_files
 from support.data import wave_tokenizer
@@ -113,6 +114,7 @@ def test_ranks_resume_with_other_microbatches(tars, read, nothing_ahead):
     assert found + more == wanted
 
 
+@pytest.mark.slow
 def test_substitutes_of_damaged_images_are_the_same_on_all_ranks(tmp_path, caplog):
     """A damaged PNG is replaced by the sample that (seed, epoch, its id) draws, however early it is known."""
     bad = {1, 41, 69}
@@ -126,21 +128,15 @@ def test_substitutes_of_damaged_images_are_the_same_on_all_ranks(tmp_path, caplo
             loader.close()
         found[ranks] = [i for step in range(12) for rank in range(ranks) for i in samples[rank][step]]
     state = make_loader(dataset, wave_tokenizer(), batch_size=16).state_dict()
-    ids, epochs = LaneOrder(dataset.shard_sizes, 5, lanes_of_state(state)).at(np.arange(192))
+    lanes = lanes_of(state)
+    assert lanes is not None
+    ids, epochs = LaneOrder(dataset.shard_sizes, 5, lanes).at(np.arange(192))
     wanted = [
         substitute_sample(5, epoch, i, 96, bad) if i in bad else i
         for i, epoch in zip(ids.tolist(), epochs.tolist(), strict=True)
     ]
     assert found[1] == found[2] == wanted
     assert "cannot be decoded" in caplog.text
-
-
-def lanes_of_state(state):
-    from mvlm_dataloading.loader.resume import lanes_of
-
-    found = lanes_of(state)
-    assert found is not None
-    return found
 
 
 def test_many_ranges_are_in_flight(tars, monkeypatch):
@@ -204,6 +200,12 @@ def test_tables_and_states_of_order_1_keep_their_order(tars, tmp_path):
     samples, state = on_ranks(tars, 1, 3, own | {"order": 1})
     assert state["order"] == 1
     assert [row["sample"] for row in samples] == SampleOrder(tars.shard_sizes, 5, shuffle=True)(0, 48)[0].tolist()
+
+
+def test_a_state_of_order_2_is_refused_for_a_built_folder(waves_train):
+    loader = make_loader(waves_train, wave_tokenizer())
+    with pytest.raises(DataError, match="order 2"):
+        loader.load_state_dict(loader.state_dict() | {"order": 2, "lanes": [8, 1, 4]})
 
 
 @pytest.mark.parametrize("lanes", [None, [8, 2], [8, 2, 0], [8, 2, "3"], [8, 2, 1 << 50], [True, 2, 3]])
