@@ -32,6 +32,9 @@ class Purpose(IntEnum):
     SHARDS = 10
     TOKEN_COUNT = 11
     TOGETHER = 13
+    PIECES = 14
+    BLOCKS = 15
+    MIX = 16
 
 
 def hash64(*values: Any) -> UInt64:

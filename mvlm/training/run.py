@@ -309,6 +309,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: RunConfig, world
         ),
         # On a CPU the step is slower than the loader by far, and each wake-up of a thread interrupts it.
         work=LoaderWork(num_threads=1 if world.device.type == "cpu" else 2, keep_mb=config.keep_images_mb),
+        microbatches=config.accumulate,
         **{**config.model.loader_options(), **further},
     )
 

@@ -64,6 +64,7 @@ class LinkReader:
     ):
         self.files = [LinkedFile(one["tar"], one["bytes"], one["etag"]) for one in shards]
         self.index, self.options = index, [options[one.get("captions", 0)] for one in shards]
+        self.has_tables = any(is_table(file.url) for file in self.files)
         self.store = RangeStore(in_flight)
         self._table = lru_cache(maxsize=64)(self._open_table)
         self._near: dict[tuple[int, int], LinkedSample] = {}  # those that `one` has read last
@@ -115,6 +116,10 @@ class LinkReader:
         for row, (image, parts) in zip(rows, read(shard, records, images), strict=True):
             yield _sample(int(row), image, parts, self.options[shard].captions)
 
+    def ask(self, store: RangeStore, shard: int, rows: Sequence[int]) -> "AskedSamples":
+        """Samples of a tar, whose ranges are read from now on. `rows` as of `samples`."""
+        return AskedSamples(store, self.files[shard], self.index.records(shard, rows), rows, self.options[shard])
+
     def _open_table(self, shard: int) -> Table:
         return open_table(self.store, self.files[shard], self.options[shard].captions, self.options[shard].image)
 
@@ -131,7 +136,7 @@ class LinkReader:
     def _files_of_tar(
         self, shard: int, records: NDArray[np.uint32], images: bool
     ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-        names = ("", *self.options[shard].captions.files)
+        names = self.options[shard].captions.files
         if not images:
             records[:, 1] = ABSENT
         blocks, waiting = _blocks(records), deque[tuple[NDArray[np.uint32], _Ranges]]()
@@ -140,10 +145,38 @@ class LinkReader:
                 block = blocks.popleft()
                 waiting.append((block, _Ranges(self.store, self.files[shard], block)))
             block, ranges = waiting.popleft()
-            for record in block.tolist():
-                places = zip(names, record[0:-1:2], record[1:-1:2], strict=False)  # records of a view may be wider
-                parts = {name: ranges.read(at, size) for name, at, size in places if size != ABSENT}
-                yield parts.pop("", b""), parts
+            yield from (ranges.parts(record, names) for record in block.tolist())
+
+
+class AskedSamples:
+    """Samples of a tar, whose ranges are being read.
+
+    Attributes:
+        size: bytes of their images and captions.
+    """
+
+    def __init__(
+        self,
+        store: RangeStore,
+        linked: LinkedFile,
+        records: NDArray[np.uint32],
+        rows: Sequence[int],
+        options: ScanOptions,
+    ):
+        sizes = records[:, 1:-1:2]
+        self.size = int(sizes[sizes != ABSENT].sum(dtype=np.int64))
+        self._records, self._rows, self._captions = records, rows, options.captions
+        self._ranges = _Ranges(store, linked, records)
+
+    def samples(self) -> list[LinkedSample]:
+        """The samples, once their ranges are there. Raises DataError as `LinkReader.samples`."""
+        spec = self._captions
+        found = (self._ranges.parts(record, spec.files) for record in self._records.tolist())
+        return [_sample(int(row), *parts, spec) for row, parts in zip(self._rows, found, strict=True)]
+
+    def cancel(self) -> None:
+        """Give up the ranges that are not being read yet."""
+        self._ranges.cancel()
 
 
 def is_table(url: str) -> bool:
@@ -181,6 +214,16 @@ class _Ranges:
         if begin >= 0:
             self._begins.append(begin)
             self._futures.append(store.submit(linked, begin, end))
+
+    def parts(self, record: Sequence[int], names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+        """The image of a sample, empty if it was not asked for, and its files of these names."""
+        places = zip(("", *names), record[0:-1:2], record[1:-1:2], strict=False)  # records of a view may be wider
+        parts = {name: self.read(at, size) for name, at, size in places if size != ABSENT}
+        return parts.pop("", b""), parts
+
+    def cancel(self) -> None:
+        for future in self._futures:
+            future.cancel()
 
     def read(self, block: int, size: int) -> memoryview:
         """A file of a sample."""

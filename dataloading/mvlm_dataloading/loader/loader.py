@@ -10,6 +10,7 @@ from typing import Any
 
 from mvlm_dataloading.batch import Batch, Masks
 from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.masking import Masking
 from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
 
@@ -17,11 +18,11 @@ from .augment import Augment
 from .batches import Batches, Prefetcher
 from .decoder_check import choose_device
 from .device import hand_over
+from .lanes import choose_lanes
 from .masking import MaskDrawer
 from .pixels import CropGeometry
 from .reader import Progress, Reader
-from .resume import ResumeReport, compare_states, package_versions, pixel_hash, text_hash
-from .sampler import ORDER_VERSION
+from .resume import ResumeReport, compare_states, lanes_of, package_versions, pixel_hash, text_hash
 from .segment import RawBatch, ReaderConfig
 from .text import CaptionReader, can_use_stored_tokens
 
@@ -82,6 +83,8 @@ class Loader:
         per_image: yield each image and each caption of a batch once (`Batch.image_of`), with so many samples of one
             image one after another in the sample order. The samples of an image have the same crop in an epoch. None
             yields an image and a caption for each sample.
+        microbatches: batches that make a step. The lanes of linked data are divided among the ranks in all of them
+            (`mvlm_dataloading.loader.lanes`).
 
     Attributes:
         step: batches yielded.
@@ -113,6 +116,7 @@ class Loader:
         augment: Augment | None = None,
         work: LoaderWork | None = None,
         per_image: int | None = None,
+        microbatches: int = 1,
     ):
         if batch_size < 1:
             raise ValueError(f"wanted batch_size of at least 1, got {batch_size}")
@@ -130,6 +134,8 @@ class Loader:
         check_text_length(text_length)
         if per_image is not None and per_image < 1:
             raise ValueError(f"wanted per_image of at least 1, or None, got {per_image}")
+        if microbatches < 1:
+            raise ValueError(f"wanted microbatches of at least 1, got {microbatches}")
         self.dataset, self.tokenizer, self.train = dataset, tokenizer, train
         self.batch_size, self.text_length = batch_size, text_length
         self.rank, self.world_size = rank, world_size
@@ -159,6 +165,9 @@ class Loader:
             decoding=decoding,
             max_bad_fraction=work.max_bad_fraction,
             keep_bytes=1_000_000 * work.keep_mb,
+            lanes=choose_lanes(dataset, world_size * microbatches, batch_size * microbatches, per_image or 1)
+            if train
+            else None,
             images=None if per_image is None else dataset.first_of_image(),
             per_image=per_image or 1,
         )
@@ -226,18 +235,19 @@ class Loader:
             "world_size": self.world_size,
             "skipped": sorted(self._progress.bad),
             "met": self._progress.samples_seen,
-            "order": ORDER_VERSION,
+            "order": 1 if self._config.lanes is None else 2,
             "pictures": pixel_hash(self._config),
             "text": text,
             "versions": package_versions(),
             **({"per_image": self._config.per_image} if self._config.per_image > 1 else {}),
+            **({} if self._config.lanes is None else {"lanes": list(self._config.lanes)}),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, other_data: bool = False) -> None:
         """Resume at the first sample after the state, at any batch size and number of ranks.
 
-        The state's seed replaces this loader's. `resumed` and the log say which of samples, pixels, captions and masks
-        equal those of an uninterrupted run.
+        The state's seed and lanes replace this loader's. `resumed` and the log say which of samples, pixels, captions
+        and masks equal those of an uninterrupted run.
 
         Args:
             other_data: accept a state of other data. The loader resumes at the same position of its own sample order.
@@ -251,6 +261,14 @@ class Loader:
             log.warning("the data order keeps the seed %d of the resumed run; %d is ignored", state["seed"], self.seed)
             self._config = replace(self._config, seed=state["seed"])
         same_data = state["fingerprint"] == self.dataset.fingerprint
+        if self.train and same_data:
+            lanes = lanes_of(state)
+            if lanes is not None and self._config.lanes is None:
+                raise DataError(
+                    f"{self.dataset.folder}: wanted a state of sample order 1, found one of order 2, which linked tars "
+                    "alone have; use the run's own state"
+                )
+            self._config = replace(self._config, lanes=lanes)
         bad, samples_seen = (frozenset(state["skipped"]), state["met"]) if same_data else (frozenset(), 0)
         self._progress = Progress(0, bad, samples_seen)
         self.step = state["step"]

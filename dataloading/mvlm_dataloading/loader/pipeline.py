@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from functools import partial
 from itertools import pairwise
@@ -28,7 +28,7 @@ from .pixels import CropGeometry, CropWindows, FileEnds, Resize
 _ROOM_FOR_VIEWS = 64 << 20
 
 # A black PNG of one pixel.
-_BLACK = bytes.fromhex(
+BLACK = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c636000000002000148"
     "afa4710000000049454e44ae426082"
 )
@@ -92,14 +92,15 @@ def build_pipeline(
     tokens: bool = False,
     file_ends: FileEnds | None = None,
     images_into: Callable[[int], NDArray[np.uint8]] | None = None,
+    encoded: Callable[[int], list[NDArray[np.uint8]]] | None = None,
 ) -> Any:
     """Build an `nvidia.dali.Pipeline` that cycles through the samples `ids` of a data set, in their order.
 
     Each `run()` returns, in this order:
 
     - images, uint8 (B, 3, S, S), on the pipeline's device; everything else is on the CPU;
-    - the encoded image, `.txt` and `.json`, ragged uint8, and `.tok`, ragged int32. A component that a sample lacks is
-      empty;
+    - the encoded image, and unless `encoded` is given `.txt` and `.json`, ragged uint8, and `.tok`, ragged int32. A
+      component that a sample lacks is empty;
     - valid, bool (B,): False where the image was replaced because of `file_ends`;
     - corners (y, x) and sizes (h, w) of the crops, int32 (B, 2) each; with `geometry.strip` = n above 1, of the boxes
       around the n crops, and then the sizes of the stored strips. Images are (B, 3, S, n S) then.
@@ -116,8 +117,9 @@ def build_pipeline(
         file_ends: replace an image file that does not pass by a black image, and clear its `valid`. None: all pass.
         images_into: number of images -> array (B, 3, S, S) that they are written to, in place of the first output. On a
             CPU, without `augment` and strips.
+        encoded: batch number k -> encoded images, which are read in place of the tars of `dataset`.
     """
-    with index_views(dataset, ids) as (tars, indices):
+    with nullcontext(([], [])) if encoded is not None else index_views(dataset, ids) as (tars, indices):
         return _built(
             _graph,
             enable_conditionals=file_ends is not None or augment is not None,
@@ -125,7 +127,7 @@ def build_pipeline(
             num_threads=num_threads,
             device_id=device_id,
             prefetch=prefetch,
-            reader={"paths": tars, "index_paths": indices},
+            reader={"paths": tars, "index_paths": indices, "encoded": encoded},
             crop_uniforms=crop_uniforms,
             geometry=geometry,
             device={"on_gpu": device_id is not None, "decoding": decoding, "num_threads": num_threads},
@@ -209,21 +211,24 @@ def _graph(
     fn, types, as_is = dali.fn, dali.types, dali.pipeline.do_not_convert
     call = partial(fn.python_function, batch_processing=True)
     kinds, decoding, on_gpu = types.DALIDataType, device["decoding"], device["on_gpu"]
-    encoded, text, metadata, ids = fn.readers.webdataset(
-        paths=reader["paths"],
-        index_paths=reader["index_paths"],
-        ext=[";".join(IMAGE_EXTENSIONS), "txt", "json", "tok" if tokens else "json"],
-        dtypes=[kinds.UINT8, kinds.UINT8, kinds.UINT8, kinds.INT32 if tokens else kinds.UINT8],
-        missing_component_behavior="empty",
-        case_sensitive_extensions=False,
-    )
+    if reader["encoded"] is not None:
+        encoded, others = fn.external_source(source=reader["encoded"], batch=True, dtype=kinds.UINT8, ndim=1), []
+    else:
+        encoded, *others = fn.readers.webdataset(
+            paths=reader["paths"],
+            index_paths=reader["index_paths"],
+            ext=[";".join(IMAGE_EXTENSIONS), "txt", "json", "tok" if tokens else "json"],
+            dtypes=[kinds.UINT8, kinds.UINT8, kinds.UINT8, kinds.INT32 if tokens else kinds.UINT8],
+            missing_component_behavior="empty",
+            case_sensitive_extensions=False,
+        )
     valid, file = types.Constant(True), encoded
     if file_ends is not None:
         valid = call(encoded, function=as_is(file_ends))
         if valid:  # noqa: SIM108 (DALI converts the statement, not the expression)
             file = encoded
         else:
-            file = types.Constant(np.frombuffer(_BLACK, np.uint8))
+            file = types.Constant(np.frombuffer(BLACK, np.uint8))
     # An uncropped image is decoded as a crop too: reading the header for its size fails on a file that is no image.
     # Given such a file directly, DALI 2.4's decoder has killed the process.
     strip = 1 if geometry is None else geometry.strip
@@ -249,7 +254,7 @@ def _graph(
             image = resize(image)
     if augment is not None:
         image = _augmented(dali, image, augment)
-    return image, encoded, text, metadata, ids, valid, corner, size, *of_strip
+    return image, encoded, *others, valid, corner, size, *of_strip
 
 
 def _resized(dali: Any, call: Any, side: int, threads: int, on_gpu: bool, planes: bool, into: Any, image: Any) -> Any:

@@ -5,18 +5,24 @@ import ctypes
 import gc
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mvlm_dataloading.dataset.dali_index import Int64
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.images.dali_decoder import ImageDecoder
+from mvlm_dataloading.links.samples import LinkedSample
 
 from .augment import Augment
+from .lanes import LaneOrder
 from .pixels import BufferPool, FileEnds
+from .ring import Ring
 from .sampler import SampleOrder, substitute_sample
 from .segment import DecodedSegment, KeptSegment, KeptSplit, RawBatch, ReaderConfig, Segment, keep_split
 
@@ -26,6 +32,7 @@ log = logging.getLogger(__name__)
 # Each further one is twice as long, because building a pipeline takes time. The maximum bounds the size of index files.
 FIRST_SEGMENT_BATCHES = 16
 MAX_SEGMENT_SAMPLES = 16384
+MAX_RING_SEGMENT_SAMPLES = 1 << 17  # of a ring, whose samples need no index files
 
 # A closed segment leaves a few hundred small objects in reference cycles, too few to trigger the garbage collector.
 COLLECT_EVERY_SEGMENTS = 8
@@ -55,13 +62,22 @@ class Reader:
     def __init__(self, dataset: Dataset, config: ReaderConfig, progress: Progress):
         self.progress, self.config = progress, config
         self._dataset = dataset
-        self._order = SampleOrder(
-            dataset.shard_sizes, config.seed, shuffle=config.train, images=config.images, per_image=config.per_image
-        )
+        together = {"images": config.images, "per_image": config.per_image}
+        self._ring: Ring | None = None
+        if config.lanes is None:
+            self._order = SampleOrder(dataset.shard_sizes, config.seed, shuffle=config.train, **together)
+        else:
+            assert dataset.links is not None
+            self._order = LaneOrder(dataset.shard_sizes, config.seed, config.lanes, **together)
+            arguments = progress.position, config.batch_size, self._is_own, config.world_size
+            self._ring = Ring(dataset, dataset.links, self._order, *arguments)
+            self._start = progress.position
         self._segment: Segment | None = None
         # The limit counts one rank's samples, so that more ranks do not mean more rebuilt pipelines. Remote shards are
         # fetched for all ranks' samples, so there the limit counts those.
         self._max_samples = MAX_SEGMENT_SAMPLES * (1 if dataset.remote is not None else config.world_size)
+        if self._ring is not None:
+            self._max_samples = MAX_RING_SEGMENT_SAMPLES * config.world_size
         self._segment_batches = max(1, min(FIRST_SEGMENT_BATCHES, self._max_samples // config.batch_size))
         self._buffers = BufferPool()
         self._kept: KeptSplit | None = None
@@ -99,6 +115,8 @@ class Reader:
             self._replace(batch, np.flatnonzero(~valid))
         position, bad, seen = self.progress
         self.progress = Progress(position + len(batch.ids) * self.config.world_size, bad, seen + len(batch.ids))
+        if self._ring is not None:
+            self._ring.release(self.progress.position)
         self._samples_since_trim += len(batch.ids)
         if self._samples_since_trim >= TRIM_EVERY_SAMPLES:
             self._trim_memory()
@@ -109,6 +127,8 @@ class Reader:
         self._close_segment()
         if self._fetching is not None:
             self._fetching.join()
+        if self._ring is not None:
+            self._ring.close()
         if self._dataset.remote is not None:
             self._dataset.remote.release_except([])
 
@@ -123,23 +143,34 @@ class Reader:
         ids, epochs = self._samples(position, count)
         if self._kept is not None:
             return KeptSegment(self._kept, self._dataset, ids, epochs, config, config.rank_batch, self._buffers)
-        if self._dataset.remote is not None:
+        linked = None
+        if self._ring is not None:
+            linked = partial(_taken, self._ring, self._own_positions(position, count), ids)
+        elif self._dataset.remote is not None:
             self._fetch_shards(ids, position + count, self._segment_batches * config.batch_size)
-        return self._decoded(ids, epochs, config, config.rank_batch, self._file_ends, prefetch=2)
+        return self._decoded(ids, epochs, config, config.rank_batch, self._file_ends, prefetch=2, linked=linked)
 
     def _decoded(
-        self, ids: Int64, epochs: Int64, config: ReaderConfig, batch: int, ends: FileEnds | None, prefetch: int
+        self,
+        ids: Int64,
+        epochs: Int64,
+        config: ReaderConfig,
+        batch: int,
+        ends: FileEnds | None,
+        prefetch: int,
+        linked: Callable[[Int64], list[LinkedSample]] | None,
     ) -> DecodedSegment:
         self._dataset.check_shards(np.unique(self._dataset.shard_of(ids)).tolist())
         arguments = self._dataset, ids, epochs, config, batch, self._buffers
-        return DecodedSegment(*arguments, file_ends=ends, prefetch=prefetch)
+        return DecodedSegment(*arguments, file_ends=ends, prefetch=prefetch, linked=linked)
 
     def _read_once(self, ids: Int64, epochs: Int64, config: ReaderConfig) -> RawBatch:
         """One batch of the samples `ids` by a pipeline of its own, files with odd ends included.
 
         Raises RuntimeError if an image cannot be decoded.
         """
-        with contextlib.closing(self._decoded(ids, epochs, config, len(ids), None, prefetch=1)) as segment:
+        linked = None if self._ring is None else partial(_found, self._ring, ids)
+        with contextlib.closing(self._decoded(ids, epochs, config, len(ids), None, 1, linked)) as segment:
             batch, _ = segment.next()
         batch.encoded = lambda row: self._dataset.image_bytes(int(ids[row]))  # the pipeline's own copy is gone
         return batch
@@ -173,11 +204,19 @@ class Reader:
         config = self.config
         if not config.train:
             count = min(count, len(self._dataset) - position)
-        ids, epochs = self._order(position, count)
-        if config.world_size > 1:
-            shape = (-1, config.world_size, config.rank_batch)
-            ids, epochs = (values.reshape(shape)[:, config.rank].ravel() for values in (ids, epochs))
-        return ids, epochs
+        return self._order.at(self._own_positions(position, count))
+
+    def _own_positions(self, position: int, count: int) -> Int64:
+        """This rank's among `count` positions of the sample order, whole batches if there are several ranks."""
+        positions = position + np.arange(count)
+        if self.config.world_size == 1:
+            return positions
+        return positions.reshape(-1, self.config.world_size, self.config.rank_batch)[:, self.config.rank].ravel()
+
+    def _is_own(self, positions: Int64) -> NDArray[np.bool_]:
+        """True for the positions of this rank, if batches follow each other from the start."""
+        config = self.config
+        return (positions - self._start) % config.batch_size // config.rank_batch == config.rank
 
     def _fetch_shards(self, ids: Int64, next_position: int, next_count: int) -> None:
         """Wait for the remote shards of these samples, then fetch the next segment's shards in the background."""
@@ -246,7 +285,7 @@ class Reader:
 
     def _read_single(self, i: int, epoch: int) -> RawBatch | None:
         """A batch of one sample; None if it cannot be decoded."""
-        if self._dataset.remote is not None:
+        if self._ring is None and self._dataset.remote is not None:
             self._dataset.remote.fetch([int(self._dataset.shard_of(i))])
         with contextlib.suppress(RuntimeError):
             self._decode_whole(np.array([i]))
@@ -307,3 +346,11 @@ class Reader:
                 f"{self._dataset.folder}: wanted at most {limit:.0%} undecodable images, found {len(bad)} of "
                 f"{seen:.0f}; build the data set again without them: {listed}"
             )
+
+
+def _taken(ring: Ring, positions: Int64, ids: Int64, rows: Int64) -> list[LinkedSample]:
+    return ring.take(positions[rows], ids[rows])
+
+
+def _found(ring: Ring, ids: Int64, rows: Int64) -> list[LinkedSample]:
+    return [ring.find(i) for i in ids[rows].tolist()]

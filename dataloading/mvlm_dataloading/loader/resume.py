@@ -15,9 +15,11 @@ from typing import Any
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.masking import Masking
 
-from .sampler import ORDER_VERSION
+from .lanes import Lanes
 from .segment import ReaderConfig
 
+ORDERS = (1, 2)
+"""Sample orders that a state may have: that of `mvlm_dataloading.loader.sampler`, and that of `lanes` beside it."""
 _NEEDED = ("seed", "epoch", "position", "step", "fingerprint", "skipped", "met")
 
 
@@ -109,6 +111,16 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def lanes_of(state: dict[str, Any]) -> Lanes | None:
+    """Lanes of a state of order 2; None of one of order 1. DataError if they are no three numbers above 0."""
+    if state.get("order", 1) == 1:
+        return None
+    lanes = state.get("lanes")
+    if not isinstance(lanes, list) or len(lanes) != 3 or not all(type(n) is int and 0 < n < 1 << 31 for n in lanes):
+        raise DataError(f"state of a loader: wanted three numbers above 0 as its lanes, found {lanes}; use another one")
+    return Lanes(*lanes)
+
+
 def compare_states(state: dict[str, Any], now: dict[str, Any], *, folder: Any, other_data: bool) -> ResumeReport:
     """Compare a saved state with the state `now` of the loader that resumes from it.
 
@@ -118,10 +130,10 @@ def compare_states(state: dict[str, Any], now: dict[str, Any], *, folder: Any, o
     missing = [name for name in _NEEDED if name not in state]
     if missing:
         raise DataError(f"{folder}: wanted the state of a loader, found one without {', '.join(missing)}")
-    if state.get("order", ORDER_VERSION) != ORDER_VERSION:
+    if state.get("order", 1) not in ORDERS:
         raise DataError(
-            f"{folder}: wanted a state with sample order version {ORDER_VERSION}, found {state['order']}; finish the "
-            "run with the mvlm version that started it"
+            f"{folder}: wanted a state with sample order version 1 or 2, found {state['order']}; finish the run with "
+            "the mvlm version that started it"
         )
     before, together = (one.get("per_image", 1) for one in (state, now))
     if before != together:

@@ -1,7 +1,8 @@
-"""Sample order: an endless stream that is a pure function of (seed, position).
+"""Sample order 1, and the stored order: endless streams that are pure functions of (seed, position).
 
 Every sample comes once per epoch. A batch is a slice of the stream, so the order does not depend on the batch size, and
-a batch may begin in one epoch and end in the next.
+a batch may begin in one epoch and end in the next. Training on linked tars has order 2
+(`mvlm_dataloading.loader.lanes`).
 
 Shape legend: S shards, n samples of a slice.
 """
@@ -20,16 +21,12 @@ RUN_LENGTH = 16
 GROUP = 32
 """Number of shards that are mixed with each other. It bounds the cache that a remote data set needs."""
 
-ORDER_VERSION = 1
-"""Version of the sample order. A loader refuses the states of another version.
-
-NOTE: increment it when a change of this file changes the order. Else a resumed run repeats some samples and
-leaves others out, and nobody notices.
-"""
-
 
 class SampleOrder:
     """Endless sample order of one split, read in slices. It is computed by groups of shards, as they are reached.
+
+    NOTE: this is order 1. If it changed, resumed runs would repeat some samples and leave others out, and nobody would
+    notice: a changed order needs another number.
 
     Shards are permuted and divided into groups of GROUP. Each shard's samples are permuted and divided into runs of
     RUN_LENGTH, and the runs of a group are permuted. With one shard, all orders are equally likely.
@@ -63,6 +60,12 @@ class SampleOrder:
             epochs.append(np.full(len(taken), epoch))
             position, count = position + len(taken), count - len(taken)
         return np.concatenate(ids), np.concatenate(epochs)
+
+    def at(self, positions: Int64) -> tuple[Int64, Int64]:
+        """Sample ids and their epochs, int64 (n,) each, at ascending positions of the stream."""
+        begin = int(positions[0])
+        ids, epochs = self(begin, int(positions[-1]) - begin + 1)
+        return ids[positions - begin], epochs[positions - begin]
 
     def _part_of_epoch(self, epoch: int, offset: int, count: int) -> Int64:
         """At least one and at most `count` ids, from the `offset`-th of an epoch on."""

@@ -21,11 +21,13 @@ from torch import Tensor
 from mvlm_dataloading.dataset.dali_index import Int64
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.links.samples import LinkedSample
 from mvlm_dataloading.randomness import Purpose, uniforms
 
 from .augment import Augment, draw_parameters
 from .device import owned, working
-from .pipeline import Decoding, build_augment_pipeline, build_pipeline
+from .lanes import Lanes
+from .pipeline import BLACK, Decoding, build_augment_pipeline, build_pipeline
 from .pixels import BufferPool, CropGeometry, CropWindows, FileEnds, Resize, copy_on_this_thread
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class ReaderConfig:
     max_bad_fraction: float
     keep_bytes: int = 0
     """Maximum size of a split whose decoded images are kept in memory."""
+    lanes: Lanes | None = None
+    """Parameters of sample order 2. None: order 1 in training, else the stored order."""
     images: Int64 | None = None
     """First sample of each sample's image (N,), if the samples of an image share its crop in an epoch; else None."""
     per_image: int = 1
@@ -158,10 +162,21 @@ class Segment:
 
 
 class DecodedSegment(Segment):
-    """A segment that a DALI pipeline reads and decodes."""
+    """A segment that a DALI pipeline decodes.
 
-    def __init__(self, *arguments: Any, file_ends: FileEnds | None, prefetch: int) -> None:
+    Args:
+        linked: rows, int64 (B,) -> their samples, in place of the tars that the pipeline reads.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        file_ends: FileEnds | None,
+        prefetch: int,
+        linked: Callable[[Int64], list[LinkedSample]] | None = None,
+    ) -> None:
         super().__init__(*arguments)
+        self._draws["linked"] = linked
         config = self._config
         # Without augmentation the images are resized into a buffer of ours, which DALI does not overwrite.
         own = config.device_id is None and not self._augments and config.geometry.strip == 1
@@ -180,7 +195,13 @@ class DecodedSegment(Segment):
             tokens=config.stored_tokens,
             file_ends=file_ends,
             images_into=self._new_images if own else None,
+            encoded=None if linked is None else self._encoded,
         )
+
+    def _encoded(self, batch: Any) -> list[NDArray[np.uint8]]:
+        if int(batch) * self._batch_size >= len(self._ids):  # DALI prepares batches that nobody asks for
+            return [np.frombuffer(BLACK, np.uint8)] * self._batch_size
+        return [np.frombuffer(one.image, np.uint8) for one in self._draws["linked"](self._rows(batch))]
 
     def _new_images(self, number: int) -> NDArray[np.uint8]:
         side = self._config.geometry.image_size
@@ -189,10 +210,16 @@ class DecodedSegment(Segment):
 
     def next(self) -> tuple[RawBatch, NDArray[np.bool_]]:
         ids, epochs = self.current()
-        images, encoded, *components = self._pipeline.run()
-        valid, _, _, *whole = components[3:]
+        linked = self._draws["linked"]
+        images, encoded, *others = self._pipeline.run()
+        components, (valid, _, _, *whole) = (others[:3], others[3:]) if linked is None else ([], others)
         valid = np.array(valid.as_tensor())[: len(ids)].astype(bool)
-        texts, metadata, tokens = _delivered(self._dataset, ids, components, self._config)
+        if linked is None:
+            texts, metadata, tokens = _delivered(self._dataset, ids, components, self._config)
+        else:
+            samples = linked(self._begin + np.arange(len(ids)))
+            texts, metadata = [one.text for one in samples], [one.metadata for one in samples]
+            tokens = [b""] * len(ids)
         for sizes in whole:
             _check_strips(self._dataset, ids[valid], np.array(sizes.as_tensor())[: len(ids)][valid], self._config)
         self._begin += len(ids)

@@ -1,0 +1,199 @@
+"""Sample order 2, of linked tars: lanes, which ranks divide among them, so that together they read each byte once.
+
+An epoch's shards are permuted, one after another. This sequence of samples is cut into as many slices as there are
+lanes, and each lane reads its own slice. A round of the order has the same number of samples of each lane, lane by
+lane. Ranks that take equal parts of a round take whole lanes, if their number divides that of the lanes.
+
+A lane reads blocks of adjacent samples, each by one request. The blocks of several shards are permuted, and a pool of
+them is open at a time, whose samples are mixed.
+
+The order is a pure function of seed, lanes and position. Position counts the samples of all epochs, so that a run may
+resume anywhere, on any number of ranks.
+
+Shape legend: N samples of the split, S shards, L lanes, P pieces of an epoch, n samples of a group or a request.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from mvlm_dataloading.dataset.dali_index import Int64
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.randomness import Purpose, hash64
+
+LANES = 64
+"""Lanes of a run whose ranks times microbatches divide so many."""
+BLOCK_BYTES = 2_000_000
+"""Bytes of a block, about: few enough to mix many in memory, and enough for a store's full speed."""
+POOL = 1024
+"""Blocks that all lanes together have open at a time, and fewest blocks of a split, if it has so many samples."""
+PIECES = 1024
+"""Pieces that a split is permuted by, at least, if it has so many blocks. A piece is a shard, or a part of one."""
+GROUP = 512
+"""Pieces whose blocks are permuted together, over all lanes: eight of each of 64 lanes."""
+
+
+class Lanes(NamedTuple):
+    """Parameters of order 2. A state keeps them, and a resumed run goes on with them.
+
+    NOTE: a change of this file that changes the order for equal parameters needs another version of the order. Else a
+    resumed run repeats some samples and leaves others out, and nobody notices.
+    """
+
+    count: int
+    """Lanes."""
+    rows: int
+    """Samples of a lane in a round."""
+    block: int
+    """Samples of a block, at most."""
+
+
+def choose_lanes(dataset: Dataset, parts: int, round_size: int, per_image: int) -> Lanes | None:
+    """Lanes of a new run. None for data that are read by whole shards, in order 1: all but linked tars.
+
+    There are `LANES`, or so many more that all parts of a round are whole lanes. If that number does not divide a
+    round, it is the largest divisor of both.
+
+    Args:
+        parts: ranks times microbatches.
+        round_size: samples of a round.
+        per_image: samples of an image that come one after another, so that a lane's share of a round is a multiple.
+    """
+    if dataset.links is None or dataset.links.has_tables:
+        return None
+    whole, rest = divmod(round_size, per_image)
+    count = 1 if rest else math.gcd(math.lcm(LANES, parts), whole)
+    mean = sum(shard["bytes"] for shard in dataset.shards) / max(1, sum(shard["samples"] for shard in dataset.shards))
+    return Lanes(count, 1 if count == 1 else round_size // count, max(1, round(BLOCK_BYTES / max(1, mean))))
+
+
+class LaneOrder:
+    """Sample order 2 of one split. It is computed by groups of pieces, as a lane reaches them.
+
+    Shards are cut into pieces, if there are fewer than `PIECES`, and pieces are permuted. The blocks of a lane's next
+    pieces are permuted. Then block number r and each of its samples, with a number u drawn from [0, 1), come at place
+    r + pool u: about `pool` blocks of a lane are open at any time. A group of at most so many blocks is permuted as a
+    whole.
+
+    Args:
+        shard_sizes: int64 (S,), number of samples of each shard. Ids count the samples shard by shard.
+        images: int64 (N,), equal for samples of one image; for `per_image` above 1.
+        per_image: samples of an image that come one after another, if they are in one group.
+
+    Attributes:
+        block: samples of a block. Blocks count from the first sample of each shard.
+    """
+
+    def __init__(self, shard_sizes: Int64, seed: int, lanes: Lanes, *, images: Int64 | None = None, per_image: int = 1):
+        self._seed, self._lanes = seed, lanes
+        self._images, self._per_image = images, per_image
+        self._size = size = int(shard_sizes.sum())
+        self.block = max(1, min(lanes.block, size // POOL))
+        self._first = np.append(0, np.cumsum(shard_sizes))
+        piece = self.block * max(1, size // (PIECES * self.block))
+        cuts = [np.arange(begin, end, piece) for begin, end in zip(self._first, self._first[1:], strict=False)]
+        self._begin = np.concatenate(cuts)  # (P,)
+        self._length = np.diff(self._begin, append=size)
+        self._pool = max(1, POOL // lanes.count)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self._group = lru_cache(maxsize=2 * lanes.count)(self._draw_group)
+
+    def at(self, positions: Int64) -> tuple[Int64, Int64]:
+        """Sample ids and their epochs, int64 (n,) each, at some positions of the endless order."""
+        epochs, (count, rows, _) = positions // self._size, self._lanes
+        lanes = positions % (count * rows) // rows
+        numbers = self._before(lanes, positions) - self._before(lanes, epochs * self._size)
+        ids = np.empty(len(positions), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            for lane in np.unique(lanes[epochs == epoch]).tolist():
+                here = np.flatnonzero((epochs == epoch) & (lanes == lane))
+                _, ends = self._groups(epoch, lane)
+                group = np.searchsorted(ends, numbers[here], side="right")
+                for k in np.unique(group).tolist():
+                    mine = here[group == k]
+                    order = self._group(epoch, lane, k)
+                    ids[mine] = order[numbers[mine] - (int(ends[k]) - len(order))]
+        return ids, epochs
+
+    def block_of(self, position: int) -> tuple[Int64, Int64]:
+        """Ids, and positions in the endless order, of all samples in the block of the sample at a position.
+
+        Int64 (n,) each. A block that is cut by the end of a lane has the samples of this lane alone.
+        """
+        epoch, (count, rows, _) = position // self._size, self._lanes
+        lane = np.array(position % (count * rows) // rows)
+        first = int(self._before(lane, np.array(epoch * self._size)))
+        number = int(self._before(lane, np.array(position))) - first
+        _, ends = self._groups(epoch, int(lane))
+        group = int(np.searchsorted(ends, number, side="right"))
+        order = self._group(epoch, int(lane), group)
+        begin = int(ends[group]) - len(order)
+        sample = int(order[number - begin])
+        shard = int(np.searchsorted(self._first, sample, side="right")) - 1
+        low = sample - (sample - int(self._first[shard])) % self.block
+        members = np.flatnonzero((order >= low) & (order < min(low + self.block, int(self._first[shard + 1]))))
+        rounds, rest = np.divmod(first + begin + members, rows)
+        return order[members], rounds * count * rows + int(lane) * rows + rest
+
+    def _before(self, lanes: Int64, positions: Int64) -> Int64:
+        """Number of a lane's samples before each position of the endless order."""
+        count, rows, _ = self._lanes
+        rounds, slots = np.divmod(positions, count * rows)
+        return rounds * rows + np.clip(slots - lanes * rows, 0, rows)
+
+    def _draw_epoch(self, epoch: int) -> tuple[Int64, Int64, Int64]:
+        """First ids of the pieces in their order (P,), ends of the pieces (P,), and begins and end of lanes (L + 1,).
+
+        Ends and begins count the samples of the epoch.
+        """
+        order = np.argsort(hash64(Purpose.PIECES, self._seed, epoch, self._begin), kind="stable")
+        lanes = np.arange(self._lanes.count)
+        bounds = [np.full(len(lanes), number * self._size) for number in (epoch, epoch + 1)]
+        sizes = self._before(lanes, bounds[1]) - self._before(lanes, bounds[0])
+        return self._begin[order], np.cumsum(self._length[order]), np.append(0, np.cumsum(sizes))
+
+    def _groups(self, epoch: int, lane: int) -> tuple[int, Int64]:
+        """Number of a lane's first piece in the epoch, and the end of each of its groups, among its samples."""
+        _, ends, lanes = self._epoch(epoch)
+        begin, end = lanes[lane : lane + 2].tolist()
+        first, last = (int(np.searchsorted(ends, place, side="right")) for place in (begin, end - 1))
+        step = max(1, GROUP // self._lanes.count)
+        return first, np.minimum(ends[np.minimum(np.arange(first + step - 1, last + step, step), last)], end) - begin
+
+    def _draw_group(self, epoch: int, lane: int, number: int) -> Int64:
+        """Ids of a group's samples in their order, (n,)."""
+        begins, ends, lanes = self._epoch(epoch)
+        first, _ = self._groups(epoch, lane)
+        step = max(1, GROUP // self._lanes.count)
+        starts, lengths, spans = [], [], []
+        for piece in range(first + step * number, min(first + step * (number + 1), len(ends))):
+            before = 0 if piece == 0 else int(ends[piece - 1])
+            low, high = max(before, int(lanes[lane])), min(int(ends[piece]), int(lanes[lane + 1]))
+            if low >= high:
+                break
+            begin = int(begins[piece]) + low - before
+            end = begin + high - low
+            grid = np.arange(int(begins[piece]), end, self.block)
+            cut = np.maximum(grid[grid + self.block > begin], begin)
+            starts.append(cut)
+            lengths.append(np.diff(cut, append=end))
+            spans.append(np.arange(begin, end))
+        ids, blocks = np.concatenate(spans), np.concatenate(starts)
+        rank = np.zeros(len(blocks), np.uint64)
+        if len(blocks) > self._pool:
+            order = np.lexsort([blocks, hash64(Purpose.BLOCKS, self._seed, epoch, blocks)])
+            rank[order] = np.arange(len(blocks))
+        draws = hash64(Purpose.MIX, self._seed, epoch, ids) >> np.uint64(32)
+        keys = (np.repeat(rank, np.concatenate(lengths)) << np.uint64(32)) + draws * np.uint64(self._pool)
+        ids = ids[np.argsort(keys, kind="stable")]
+        return ids if self._images is None or self._per_image == 1 else self._together(ids, self._images[ids])
+
+    def _together(self, ids: Int64, images: Int64) -> Int64:
+        """Reorder samples so that those of an image, `images` (n,), come in sets of `per_image`, first set first."""
+        by_image = np.argsort(images, kind="stable")
+        _, first, count = np.unique(images[by_image], return_index=True, return_counts=True)
+        within = np.arange(len(ids)) - np.repeat(first, count)
+        leaders = by_image[np.arange(len(ids)) - within % self._per_image]
+        return ids[by_image[np.lexsort([within, leaders])]]

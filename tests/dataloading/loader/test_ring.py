@@ -1,0 +1,223 @@
+"""Linked tars in sample order 2: batches of any ranks, resumed, bytes that are read, and ranges that are in flight."""
+
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mvlm_dataloading import DataError, Dataset, open_dataset
+from mvlm_dataloading.links import store
+from mvlm_dataloading.links.captions import parse_captions_option
+from mvlm_dataloading.loader import ring
+from mvlm_dataloading.loader.lanes import LaneOrder
+from mvlm_dataloading.loader.resume import lanes_of
+from mvlm_dataloading.loader.sampler import SampleOrder, substitute_sample
+from mvlm_dataloading.tools.link import LinkOptions, link_files
+from support.data import wave_tokenizer
+from support.linked import write_table, write_tars
+from support.loaders import make_loader, rows, take
+
+TARS, SAMPLES = 3, 32
+
+
+@pytest.fixture(autouse=True)
+def cache(data_cache: Path) -> Path:
+    return data_cache
+
+
+@pytest.fixture
+def nothing_ahead(monkeypatch):
+    """Nothing is asked for before its batch."""
+    monkeypatch.setattr(ring, "AHEAD_SAMPLES", 0)
+    monkeypatch.setattr(ring, "AHEAD_S", 0)
+
+
+def linked(tmp_path: Path, urls: list[str], caption: str = "txt,json:caption=2") -> Dataset:
+    link_files(urls, tmp_path / "out", LinkOptions(parse_captions_option(caption)), workers=0)
+    return open_dataset(tmp_path / "out", "train")
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Dataset:
+    return linked(tmp_path, list(map(str, write_tars(tmp_path / "tars", TARS, SAMPLES))))
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[tuple[str, int, int]]:
+    """File, begin and end of all ranges that are read from a disk."""
+    found, own = [], store._read_local
+
+    def read_local(file, begin: int, end: int) -> bytes:
+        found.append((file.url, begin, end))
+        return own(file, begin, end)
+
+    monkeypatch.setattr(store, "_read_local", read_local)
+    return found
+
+
+def on_ranks(dataset: Dataset, ranks: int, batches: int, state: dict | None = None, **settings: Any):
+    """Samples of the next batches, those of all ranks together; and the state of the first one."""
+    parts, states = [], []
+    settings = {"batch_size": 16, "prefetch_batches": 0} | settings
+    for rank in range(ranks):
+        loader = make_loader(dataset, wave_tokenizer(), rank=rank, world_size=ranks, **settings)
+        if state is not None:
+            loader.load_state_dict(json.loads(json.dumps(state)))
+        parts.append([rows([pair]) for pair in take(loader, batches)])
+        states.append(loader.state_dict())
+        loader.close()
+    assert all(other == states[0] for other in states)
+    return [row for step in range(batches) for part in parts for row in part[step]], states[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [1, 8])
+def test_ranks_see_the_same_batches_and_read_each_byte_once(tars, read, nothing_ahead, monkeypatch, block):
+    """Over three epochs, in blocks of one and of eight samples."""
+    monkeypatch.setattr("mvlm_dataloading.loader.lanes.POOL", TARS * SAMPLES // block)
+    wanted, _ = on_ranks(tars, 1, 18)
+    samples = [row["sample"] for row in wanted]
+    for epoch in range(3):
+        assert sorted(samples[epoch * 96 : (epoch + 1) * 96]) == list(range(96))
+    assert len({tuple(samples[epoch * 96 : (epoch + 1) * 96]) for epoch in range(3)}) == 3
+    size = sum(shard["bytes"] for shard in tars.shards)
+    for ranks in (1, 2, 4):
+        read.clear()
+        assert on_ranks(tars, ranks, 18)[0] == wanted
+        assert 0.2 * 3 * size < sum(end - begin for _, begin, end in read) <= 3 * size
+        assert max(Counter(read).values()) == 3
+        assert len(read) <= 3 * 96 / block + 3 * 16  # a lane's end may cut a block
+
+
+@pytest.mark.slow
+def test_a_run_resumes_within_an_epoch_on_other_ranks(tars, read, nothing_ahead):
+    """On 2, 4 and 3 ranks, at another batch size in the end: pixels, captions and masks too."""
+    wanted, _ = on_ranks(tars, 1, 18)
+    found, state = on_ranks(tars, 2, 4)
+    assert (state["order"], state["lanes"][:2]) == (2, [16, 1])
+    for ranks, batch_size, batches in ((4, 16, 3), (1, 16, 1), (3, 6, 5), (2, 24, 2)):
+        more, state = on_ranks(tars, ranks, batches, state, batch_size=batch_size)
+        found += more
+    assert len(found) == 206
+    assert found == wanted[:206]
+
+
+def test_ranks_resume_with_other_microbatches(tars, read, nothing_ahead):
+    """From two ranks to one with two microbatches, as `mvlm pretrain --accumulate 2`."""
+    wanted, _ = on_ranks(tars, 2, 6)
+    found, state = on_ranks(tars, 2, 2)
+    more, _ = on_ranks(tars, 1, 8, state, batch_size=8, microbatches=2)
+    assert found + more == wanted
+
+
+@pytest.mark.slow
+def test_substitutes_of_damaged_images_are_the_same_on_all_ranks(tmp_path, caplog):
+    """A damaged PNG is replaced by the sample that (seed, epoch, its id) draws, however early it is known."""
+    bad = {1, 41, 69}
+    dataset = linked(tmp_path, list(map(str, write_tars(tmp_path / "tars", TARS, SAMPLES, damaged=bad))))
+    found = {}
+    for ranks in (1, 2):
+        samples = {}
+        for rank in range(ranks):
+            loader = make_loader(dataset, wave_tokenizer(), batch_size=16, rank=rank, world_size=ranks)
+            samples[rank] = [batch.sample_id.tolist() for batch, _ in take(loader, 12)]
+            loader.close()
+        found[ranks] = [i for step in range(12) for rank in range(ranks) for i in samples[rank][step]]
+    state = make_loader(dataset, wave_tokenizer(), batch_size=16).state_dict()
+    lanes = lanes_of(state)
+    assert lanes is not None
+    ids, epochs = LaneOrder(dataset.shard_sizes, 5, lanes).at(np.arange(192))
+    wanted = [
+        substitute_sample(5, epoch, i, 96, bad) if i in bad else i
+        for i, epoch in zip(ids.tolist(), epochs.tolist(), strict=True)
+    ]
+    assert found[1] == found[2] == wanted
+    assert "cannot be decoded" in caplog.text
+
+
+def test_many_ranges_are_in_flight(tars, monkeypatch):
+    """While the first batch waits, as many are read as the pool has threads; and nothing twice."""
+    at_once, most, lock, gate = 0, 0, threading.Lock(), threading.Event()
+    own = store._read_local
+
+    def read_local(file, begin: int, end: int) -> bytes:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+            if most >= 16:
+                gate.set()
+        gate.wait(10)
+        with lock:
+            at_once -= 1
+        return own(file, begin, end)
+
+    monkeypatch.setattr(store, "_read_local", read_local)
+    loader = make_loader(tars, wave_tokenizer(), batch_size=16, world_size=2, rank=1)
+    take(loader, 2)
+    loader.close()
+    assert most >= 16
+
+
+def test_what_is_asked_for_in_advance_is_bounded(tars, read, monkeypatch):
+    monkeypatch.setattr(ring, "AHEAD_BYTES", 4000)
+    loader = make_loader(tars, wave_tokenizer(), batch_size=4, prefetch_batches=0)
+    take(loader, 2)
+    bound = sum(end - begin for _, begin, end in read)
+    loader.close()
+    read.clear()
+    monkeypatch.setattr(ring, "AHEAD_BYTES", 1 << 20)
+    loader = make_loader(tars, wave_tokenizer(), batch_size=4, prefetch_batches=0)
+    take(loader, 2)
+    loader.close()
+    assert bound < sum(end - begin for _, begin, end in read) / 2
+
+
+def test_a_file_that_changed_ends_the_run_by_name(tars, tmp_path):
+    tar = Path(tars.shards[1]["tar"])
+    tar.write_bytes(tar.read_bytes()[::-1])
+    loader = make_loader(tars, wave_tokenizer(), batch_size=32)
+    with pytest.raises(DataError, match=r"00001\.tar.*link"):
+        take(loader, 6)
+    loader.close()
+
+
+def test_tables_and_states_of_order_1_keep_their_order(tars, tmp_path):
+    """Parquet files are read by whole shards; runs that began so go on so."""
+    table = write_table(tmp_path / "rows.parquet", range(40), by_datasets=False)
+    rows_of = linked(tmp_path / "table", [str(table)], "caption")
+    samples, state = on_ranks(rows_of, 1, 2)
+    assert state["order"] == 1
+    assert "lanes" not in state
+    assert [row["sample"] for row in samples] == SampleOrder(rows_of.shard_sizes, 5, shuffle=True)(0, 32)[0].tolist()
+
+    own = make_loader(tars, wave_tokenizer(), batch_size=16).state_dict()
+    del own["lanes"]
+    samples, state = on_ranks(tars, 1, 3, own | {"order": 1})
+    assert state["order"] == 1
+    assert [row["sample"] for row in samples] == SampleOrder(tars.shard_sizes, 5, shuffle=True)(0, 48)[0].tolist()
+
+
+def test_a_state_of_order_2_is_refused_for_a_built_folder(waves_train):
+    loader = make_loader(waves_train, wave_tokenizer())
+    with pytest.raises(DataError, match="order 2"):
+        loader.load_state_dict(loader.state_dict() | {"order": 2, "lanes": [8, 1, 4]})
+
+
+@pytest.mark.parametrize("lanes", [None, [8, 2], [8, 2, 0], [8, 2, "3"], [8, 2, 1 << 50], [True, 2, 3]])
+def test_a_state_with_other_lanes_is_refused(tars, lanes: Any):
+    loader = make_loader(tars, wave_tokenizer())
+    with pytest.raises(DataError, match="lanes"):
+        loader.load_state_dict(loader.state_dict() | {"lanes": lanes})
+
+
+def test_part_of_a_split_in_few_samples(tars):
+    """Samples of a part are numbered from its first one; a batch may be larger than the split."""
+    part = tars.rows(40, 43)
+    samples, _ = on_ranks(part, 1, 3)
+    seen = [row["sample"] for row in samples]
+    assert all(sorted(seen[3 * k : 3 * k + 3]) == [0, 1, 2] for k in range(16))
