@@ -54,7 +54,8 @@ class Shadows:
     def __init__(
         self, stacks: Sequence[Sequence[nn.Parameter]], groups: Sequence[Sequence[nn.Parameter]], dtype: torch.dtype
     ) -> None:
-        self._block, self._parameters = _Block(dtype), [p for stack in stacks for p in stack]
+        self._block = _Block(dtype)
+        self._parameters: list[Tensor] = [p for stack in stacks for p in stack]
         for stack in stacks:
             lengths = [len(p) for p in stack]
             whole = stack[0].detach().new_empty((sum(lengths), *stack[0].shape[1:]), dtype=dtype)

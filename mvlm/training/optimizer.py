@@ -23,8 +23,11 @@ from mvlm.device import chosen_precision
 from mvlm.model.network import PIXEL_MODULES
 
 # Operations on a list of tensors are one kernel on a GPU. torch has no public names for them.
-_foreach_copy_, _foreach_div_, _foreach_mul_ = torch._foreach_copy_, torch._foreach_div_, torch._foreach_mul_
-_foreach_lerp_, _foreach_sub_ = torch._foreach_lerp_, torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]
+_foreach_copy_ = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+_foreach_div_ = torch._foreach_div_  # pyright: ignore[reportPrivateImportUsage]
+_foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+_foreach_mul_ = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+_foreach_sub_ = torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]
 
 
 class GuardedAdamW(torch.optim.AdamW):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -15,19 +16,19 @@ pytestmark = pytest.mark.plain_empty
 BF16 = torch.bfloat16
 
 
-def layers(seed: int = 0) -> nn.ModuleList:
+def layers(seed: int = 0) -> Any:
     """Layers a, b and c that one product reads, and d, all 16 wide."""
     torch.manual_seed(seed)
     return nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
 
 
-def shadows_of(model: nn.ModuleList) -> Shadows:
+def shadows_of(model: Any) -> Shadows:
     a, b, c, d = model
     stacks = [[x.weight for x in (a, b, c)], [x.bias for x in (a, b, c)], [d.weight], [d.bias]]
     return Shadows(stacks, [[a.weight, a.bias, d.weight]], BF16)
 
 
-def output(model: nn.ModuleList, x: Tensor) -> Tensor:
+def output(model: Any, x: Tensor) -> Tensor:
     """All reads of weights, of some twice, by products whose gradients are added up in bf16 and in float32."""
     a, b, c, d = model
     x = linear(a, linear(d, linear(a, x)))
@@ -39,7 +40,7 @@ def output(model: nn.ModuleList, x: Tensor) -> Tensor:
     return gelu_linear(k + v2 + (k2 * v) @ weight + bias, d.weight, d.bias)
 
 
-def gradients(model: nn.ModuleList, shadows: Shadows | None) -> list[Tensor]:
+def gradients(model: Any, shadows: Shadows | None) -> list[Tensor]:
     """Output and gradients of one step."""
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
     with nullcontext() if shadows is None else shadows.in_use():
@@ -57,24 +58,24 @@ def check_equal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
         assert torch.equal(x, y)
 
 
-def load(model: nn.ModuleList) -> None:
+def load(model: Any) -> None:
     model.load_state_dict(layers(seed=3).state_dict())
 
 
-def update(model: nn.ModuleList) -> None:
+def update(model: Any) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
     model.zero_grad(set_to_none=True)
 
 
-def assign(model: nn.ModuleList) -> None:
+def assign(model: Any) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data * 1.5
 
 
 @pytest.mark.parametrize("change", [load, update, assign])
-def test_results_and_gradients_have_the_bits_of_casts(change: Callable[[nn.ModuleList], None]):
+def test_results_and_gradients_have_the_bits_of_casts(change: Callable[[Any], None]):
     model = layers()
     shadows = shadows_of(model)
     check_equal(gradients(model, shadows), gradients(model, None))

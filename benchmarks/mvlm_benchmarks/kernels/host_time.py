@@ -192,8 +192,10 @@ def measure(rounds: int = 15) -> list[dict[str, Any]]:
     rows, launches = [], dict[str, tuple[Any, ...]]()
     with dispatch.recording(lambda *_: None, target_arch=90), use_backend("triton"):
         for name, (ours, empty) in contenders().items():
-            with dispatch.recording(lambda *launch, name=name: launches.setdefault(name, launch), target_arch=90):
+            seen: list[tuple[Any, ...]] = []
+            with dispatch.recording(lambda *launch, seen=seen: seen.append(launch), target_arch=90):
                 ours()
+            launches[name] = seen[0]
             empty()
             pairs = [(microseconds(ours), microseconds(empty)) for _ in range(rounds)]
             minimum = [min(column) for column in zip(*pairs, strict=True)]

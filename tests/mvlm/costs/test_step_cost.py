@@ -73,7 +73,7 @@ def test_counted_memory_is_within_a_tenth_of_the_allocators(tmp_path, changes):
 
 
 def test_copies_of_weights_add_at_most_two_per_cent_of_memory():
-    """Steps that save activations have casts in place of copies; the others, and sharded weights, have no copies."""
+    """They are in the place of casts that a step saves. Checkpointed steps and sharded weights have no copies."""
     shape = StepShape(pairs=16)
     copied, sharded, checkpointed = (
         step_cost(CONFIG, x) for x in (shape, replace(shape, sharded=True), replace(shape, checkpointed=True))
