@@ -17,13 +17,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 # A kernel decorated in an interpreting process cannot be compiled, and torch may have imported Triton already.
-if os.environ.pop("TRITON_INTERPRET", None) and __name__ == "__main__":
+if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", None):
     os.execv(sys.executable, [sys.executable, "-m", "mvlm_benchmarks.kernels.bounds", *sys.argv[1:]])
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mvlm_benchmarks.kernels.traffic import BATCH, counted
-from mvlm_kernels import aot, dispatch, use_backend
+from mvlm_kernels import dispatch, use_backend
 from mvlm_kernels.case import Case
 from mvlm_kernels.hardware import GPUS
 from mvlm_kernels.machine_code import instructions, spill_bytes, usage
@@ -83,11 +83,14 @@ def values_of(launched: list[tuple[Any, ...]]) -> int:
     return max(x.numel() for x in tensors if x.dtype != torch.uint8)
 
 
-def machine(launched: list[tuple[Any, ...]], arch: str) -> dict[str, Any]:
-    """Kernels of a pass compiled for a target: instructions of all warps, most registers of a thread, bytes spilled."""
+def machine(launched: list[tuple[Any, ...]], arch: str, compiler: Callable[..., Any]) -> dict[str, Any]:
+    """Kernels of a pass compiled for a target: instructions of all warps, most registers of a thread, bytes spilled.
+
+    compiler: `mvlm_kernels.aot.compile_launch`.
+    """
     warps, registers, spilled = 0.0, 0, 0
     for kernel, grid, args, meta in launched:
-        compiled = aot.compile_launch(kernel, args, meta, arch)
+        compiled = compiler(kernel, args, meta, arch)
         used = usage(compiled.asm["cubin"])
         registers = max(registers, used["REG"])
         spilled += spill_bytes(compiled.asm["ptx"], arch) if used["STACK"] else 0
@@ -101,6 +104,9 @@ def machine(launched: list[tuple[Any, ...]], arch: str) -> dict[str, Any]:
 
 def rows(traffic: list[dict[str, Any]], archs: list[int], select: str = "") -> Iterator[dict[str, Any]]:
     """One row for each pass of each case of the step whose "op shape" matches the regex."""
+    # Imported here: it takes TRITON_INTERPRET out of the environment.
+    from mvlm_kernels.aot import compile_launch
+
     moved = {(row["op"], row["shape"], row["pass"]): row["bytes_moved"] for row in traffic}
     for case in counted(BATCH):
         name_of_case = f"{case.op} {case.label}"
@@ -113,7 +119,7 @@ def rows(traffic: list[dict[str, Any]], archs: list[int], select: str = "") -> I
                 continue
             first = next(iter(recorded.values()))
             values, size = values_of(first), moved[case.op, case.label, pass_name]
-            compiled = {arch: machine(launched, arch) for arch, launched in recorded.items()}
+            compiled = {arch: machine(launched, arch, compile_launch) for arch, launched in recorded.items()}
             for of_arch in compiled.values():
                 of_arch["of_a_value"] = round(32 * of_arch["instructions"] / values, 2)
             bounds = {

@@ -41,7 +41,6 @@ def test_instructions_of_a_pass_by_hand(monkeypatch: pytest.MonkeyPatch) -> None
     """10 programs of 4 warps: 7 + 3 x 11 instructions each; then 2 of 1 warp, which have no loop: 7."""
     code = {"place_kernel": Instructions(7, 11), "gather_kernel": Instructions(7, 0)}
     compiled = lambda kernel, *_: SimpleNamespace(asm={"cubin": kernel.__name__, "ptx": ""})  # noqa: E731
-    monkeypatch.setattr(bounds.aot, "compile_launch", compiled)
     monkeypatch.setattr(bounds, "instructions", code.get)
     monkeypatch.setattr(bounds, "usage", lambda cubin: {"REG": len(cubin), "STACK": 0})
     images, out = torch.empty(99, dtype=torch.uint8, device="meta"), torch.empty(5, 4, device="meta")
@@ -50,7 +49,7 @@ def test_instructions_of_a_pass_by_hand(monkeypatch: pytest.MonkeyPatch) -> None
         launch("gather_kernel", (2,), {"images": (images, 1)}, num_warps=1),
     ]
     assert bounds.values_of(launched) == 20
-    found = bounds.machine(launched, "sm_90")
+    found = bounds.machine(launched, "sm_90", compiled)
     assert found == {"instructions": 40 * 40 + 2 * 7, "registers": len("gather_kernel"), "spilled": 0}
 
 
