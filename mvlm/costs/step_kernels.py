@@ -29,7 +29,7 @@ from mvlm.model.adaptation import adapt
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.terminal import say
 from mvlm_dataloading import Batch, Masks
-from mvlm_kernels import aot, dispatch, use_backend
+from mvlm_kernels import dispatch, use_backend
 from mvlm_kernels.case import Launch
 
 Recorder = Callable[..., None]
@@ -81,6 +81,8 @@ def launches_of(config: MaskVLMConfig, pairs: int, arch: str, parts: PartSetting
 
     config: blocks of one kind launch the same kernels, so one of each is recorded.
     """
+    from mvlm_kernels import aot  # here: it takes TRITON_INTERPRET out of the environment
+
     blocks = {f"{kind}_layers": 1 for kind in ("image", "text", "cross", "decoder")}
     model, found = model_of(replace(config, **blocks), parts), {}
 
@@ -113,7 +115,9 @@ def main() -> None:
     def show(done: int) -> None:
         say(f"{done} of {len(launches)} kernels", flush=True)
 
-    failed = aot.compile_all(launches, options.arch, options.jobs, show)
+    from mvlm_kernels.aot import compile_all
+
+    failed = compile_all(launches, options.arch, options.jobs, show)
     for line in (f"kernels of {name} for {options.arch} in {time.perf_counter() - started:.0f} s", *failed):
         say(line)
     sys.exit(1 if failed else 0)
