@@ -198,7 +198,8 @@ class Run:
         """Lines of each rank, once all have ended."""
         for process in self.processes:
             process.join()
-        return [[json.loads(line) for line in (self.out / str(rank)).open()] for rank in range(self.ranks)]
+        texts = [(self.out / str(rank)).read_text() for rank in range(self.ranks)]
+        return [[json.loads(line) for line in text.splitlines()] for text in texts]
 
     def kill_after(self, step: int) -> int:
         """Kill all ranks once each has written the state of a step at least as late. Returns the last such step."""
