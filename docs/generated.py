@@ -21,8 +21,8 @@ from mvlm.cli import COMMANDS, PARSE_THEMSELVES
 from mvlm.commands.arguments import deferred
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.groups import groups_of
-from mvlm.config.model import PRESETS, MaskVLMConfig
-from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.model import MaskVLMConfig
+from mvlm.config.pretrain import RECIPES, PretrainConfig
 from mvlm.config.ranges import NO_FLAG, Range
 from mvlm.tasks.recipes import finetune_defaults
 from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
@@ -75,7 +75,7 @@ def _help(action: argparse.Action) -> str:
 
 def configuration() -> str:
     """Every setting of a model, a pretraining run and a fine-tuning run, by group."""
-    recipes = {preset: PretrainConfig.preset(preset, data=Path(), out=Path()) for preset in PRESETS}
+    recipes = {preset: PretrainConfig.preset(preset, data=Path(), out=Path()) for preset in RECIPES}
     lines = [
         "## Model",
         "",

@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests load this file by its path
 from generated import with_generated
+from recipe_tables import RECIPE_TABLES
 from task_tables import TASK_TABLES, write_tasks
 
 from mvlm.studies.page import Pooled, compare, figure, pooled
@@ -612,7 +613,7 @@ TABLES = {
     "unseen-words": unseen_words,
     "another-artist": another_artist,
     "forgetting": forgetting,
-    **{name: (lambda rows=rows: markdown(rows())) for name, rows in TASK_TABLES.items()},
+    **{name: (lambda rows=rows: markdown(rows())) for name, rows in (TASK_TABLES | RECIPE_TABLES).items()},
 }
 
 if __name__ == "__main__":

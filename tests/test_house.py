@@ -96,6 +96,7 @@ MAY_NAME = {  # other packages of ours that a package may import
 }
 SWITCHES = {  # attributes of other modules that product code may set, for want of a function that sets them
     "torch._dynamo.config.recompile_limit",  # torch's documented setting
+    "torch._dynamo.config.optimize_ddp",  # the same
     "gradio.processing_utils.hash_seed",  # salt of file names; Gradio reads it from a file that all containers share
 }
 FILES = [(package, file) for package, folder in PACKAGES.items() for file in sorted(folder.rglob("*.py"))]

@@ -25,11 +25,11 @@ def doctor(
 ) -> None:
     """Check this machine: packages, devices, backends, disk.
 
-    With --data also shards, memory and training speed.
+    With --data also shards, the preset for so many pairs, memory and training speed.
     Lines are green (works), amber (works at a cost) or red (does not work). The exit code is 1 if a line is red.
 
     Args:
-        preset: Preset of the trial: tiny, small or base.
+        preset: Preset of the trial, one of `mvlm pretrain`.
         data: Folder of shards for the trial. Default: no trial.
         out: Folder in which runs would be written.
         batch_size: Pairs per step. Default: the preset's.
@@ -46,7 +46,7 @@ def doctor(
 
     from mvlm.commands.machine_check import examine, warm_up
     from mvlm.commands.pretrain import parse_config
-    from mvlm.config.pretrain import PretrainConfig
+    from mvlm.config.pretrain import PretrainConfig, recipe_of
     from mvlm.device import choose_device
     from mvlm.errors import ConfigError
     from mvlm.tasks import task_names
@@ -77,7 +77,8 @@ def doctor(
         run = replace(run, device=device, batch_size=batch, eval_every_steps=0)
     states = []
     chosen = choose_device(device)
-    for finding in (*([warm_up(preset, chosen)] if warm else []), *examine(preset, run, out, chosen)):
+    model = recipe_of(preset).model
+    for finding in (*([warm_up(model, chosen)] if warm else []), *examine(model, run, out, chosen)):
         states.append(finding.state)
         say(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
     if "red" in states:

@@ -16,7 +16,7 @@ from mvlm import waiting
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.groups import RunConfig
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.pretrain import RECIPES, PretrainConfig, suggested_preset
 from mvlm.device import has_fast_bf16, mean_seconds
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError, is_out_of_memory
@@ -60,8 +60,9 @@ def examine(preset: str, run: RunConfig | None, out: Path, device: torch.device)
     yield found
     if found.state == "red":
         return
-    if isinstance(run, PretrainConfig) and (advised := learning(run, len(open_dataset(run.data, "train")))):
-        yield advised
+    if isinstance(run, PretrainConfig):
+        pairs = len(open_dataset(run.data, "train"))
+        yield learning(run, pairs) or recipe(pairs)
     try:
         yield from trial(run, device)
     except (MemoryError, OSError, RuntimeError) as error:
@@ -215,6 +216,20 @@ def shards(data: Path | str) -> Finding:
         return Finding("red", "shards", str(error))
     counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in splits.items())
     return Finding("green", "shards", f"{counts} pairs; the first shard's sha256 is that of dataset.json")
+
+
+def recipe(pairs: int) -> Finding:
+    """The preset that docs/guides/training.md advises for so many pairs from random weights, and its length."""
+    preset = suggested_preset(pairs)
+    settings = RECIPES[preset].settings
+    steps, batch = settings["max_steps"], settings["batch_size"]
+    epochs = steps * batch / pairs
+    return Finding(
+        "green",
+        "recipe",
+        f"for {pairs:,} pairs: mvlm pretrain {preset}, {steps:,} steps of {batch:,} pairs, {epochs:.2g} epochs of "
+        "these data; docs/guides/training.md has its curve",
+    )
 
 
 def learning(run: PretrainConfig, pairs: int) -> Finding | None:

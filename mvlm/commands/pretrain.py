@@ -24,8 +24,9 @@ Config = TypeVar("Config", bound=RunConfig)
 def pretrain(arguments: Sequence[str]) -> None:
     """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`.
 
-    Presets: tiny, small, base. `mvlm pretrain --config FILE --out RUN` repeats the run whose config.json is FILE.
-    Further settings override it.
+    Presets: tiny, small, base; clip-3m, clip-12m and clip-400m, for millions of pairs. `mvlm doctor --data SHARDS`
+    suggests one. `mvlm pretrain --config FILE --out RUN` repeats the run whose config.json is FILE. Further settings
+    override it.
     """
     if arguments and arguments[0] in ("-h", "--help"):
         say(f"{pretrain.__doc__}\nAll settings of a preset: mvlm pretrain PRESET --help")
@@ -48,7 +49,7 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
     import tyro
 
     from mvlm.config.json_files import read_config, run_config
-    from mvlm.config.model import PRESETS
+    from mvlm.config.pretrain import RECIPES
 
     source, rest = split_config(arguments)
     first = rest[0] if rest else ""
@@ -62,7 +63,7 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
         defaults = run_config(values, source)
     elif first.startswith("-") or not first:
         got = repr(first) if first else "nothing"
-        raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}, or --config FILE; got {got}")
+        raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(RECIPES)}, or --config FILE; got {got}")
     else:
         defaults = PretrainConfig.preset(first, data=tyro.MISSING, out=tyro.MISSING)
         source, rest = first, arguments[1:]

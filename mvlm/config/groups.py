@@ -442,5 +442,6 @@ class CaptureSettings:
     """Capture of the fast step. A resumed run may change it, which changes rounding."""
 
     capture: Literal["none", "compile", "cuda-graphs"] = "none"
-    """compile: with torch.compile (one rank, no accumulation), which takes a minute or more at the start. cuda-graphs:
-    replay the steps (one GPU, no accumulation), for small batches. docs/guides/training.md says when."""
+    """compile: with torch.compile, which takes a minute or more at the start; on several ranks, with microbatches or
+    checkpointed activations each block by itself. cuda-graphs: replay the steps (one GPU, no accumulation), for small
+    batches. docs/guides/training.md says when."""

@@ -1,8 +1,9 @@
 """Configuration of a pretraining run: the settings of every run, those of pretraining alone, and recipes."""
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mvlm.config.groups import (
     CaptureSettings,
@@ -41,6 +42,66 @@ _PAPER: dict[str, Any] = {
     "crop_scale": (0.2, 1.0),
     "randaugment": 2,
 }
+# Published recipes of contrastive pretraining; docs/guides/training.md has the sources. The modules that CLIP does not
+# have get the rate of the encoders, which nobody has tried. CC3M and CC12M: CLIP with ViT-B/16 of the authors of SLIP,
+# 40 and 35 epochs, the first one warm-up.
+_CC3M: dict[str, Any] = {
+    "max_steps": 29_300,
+    "batch_size": 4_096,
+    "lr_encoder": 5e-4,
+    "lr_cross": 5e-4,
+    "lr_pixels": 5e-4,
+    "lr_end": 0.02,
+    "warmup_steps": 730,
+    "weight_decay": 0.5,
+    "crop_scale": (0.5, 1.0),
+}
+_CC12M = {**_CC3M, "max_steps": 93_700, "warmup_steps": 2_680}
+# LAION-400M: ViT-B/16 of open_clip, 32 epochs.
+_LAION_400M = {
+    **_CC3M,
+    "max_steps": 385_700,
+    "batch_size": 33_792,
+    "lr_end": 0.0,
+    "warmup_steps": 10_000,
+    "weight_decay": 0.2,
+    "crop_scale": (0.9, 1.0),
+}
+
+
+class Recipe(NamedTuple):
+    """Recipe of pretraining: a model, settings of the run, and the size of data that it is for."""
+
+    model: str
+    """Preset of the model."""
+    settings: dict[str, Any]
+    """Settings of a run that are not their defaults, or have none."""
+    most_pairs: float = 0
+    """Most training pairs for which it is suggested; 0 for never."""
+
+
+RECIPES = {
+    "tiny": Recipe("tiny", _TINY, 100_000),
+    "small": Recipe("small", _PAPER),
+    "base": Recipe("base", _PAPER, 1_000_000),
+    "clip-3m": Recipe("base", _CC3M, 6_000_000),
+    "clip-12m": Recipe("base", _CC12M, 70_000_000),
+    "clip-400m": Recipe("base", _LAION_400M, inf),
+}
+"""Recipes of pretraining by preset, for ascending numbers of pairs. The last three are for about as many pairs as their
+names say; the limits between them are geometric means."""
+
+
+def recipe_of(preset: str) -> Recipe:
+    """The recipe of a preset. ConfigError for an unknown one."""
+    if preset not in RECIPES:
+        raise ConfigError(f"unknown preset: wanted one of {', '.join(RECIPES)}, got {preset!r}")
+    return RECIPES[preset]
+
+
+def suggested_preset(pairs: int) -> str:
+    """The preset for a number of training pairs."""
+    return next(name for name, recipe in RECIPES.items() if pairs <= recipe.most_pairs)
 
 
 STARTS = {
@@ -69,15 +130,16 @@ class PretrainConfig(
             raise ConfigError("classes: wanted --eval-every-steps, at which they are classified, got none; give it")
         if self.templates is not None and self.classes is None:
             raise ConfigError("templates: wanted --classes, whose names they take, got none; give it")
-        if self.capture != "none" and (self.accumulate > 1 or self.plan != "fast"):
+        if self.capture != "none" and self.plan != "fast":
             raise ConfigError(
-                f"capture: wanted --plan fast and --accumulate 1 with {self.capture}, got --plan {self.plan}, "
-                f"--accumulate {self.accumulate}; change them or leave --capture out"
+                f"capture: wanted --plan fast with {self.capture}, got {self.plan}; leave one of them out"
+            )
+        if self.capture == "cuda-graphs" and self.accumulate > 1:
+            raise ConfigError(
+                f"capture: wanted --accumulate 1 with cuda-graphs, got {self.accumulate}; leave one of them out"
             )
         if self.capture != "none" and self.model.image_tower:
             raise ConfigError(f"capture: wanted none with an image_tower, got {self.capture}; leave --capture out")
-        if self.capture == "compile" and self.checkpoint_activations:
-            raise ConfigError("capture: wanted no --checkpoint-activations with compile; leave one of them out")
         for part, names in STARTS.items():
             if getattr(self, f"train_{part}") == "lora" and self.starts_random(part):
                 raise ConfigError(
@@ -127,12 +189,13 @@ class PretrainConfig(
 
     @classmethod
     def preset(cls, name: str, *, data: Path, out: Path, **changes: Any) -> "PretrainConfig":
-        """The recipe of a preset ("tiny", "small", "base"), with changed settings.
+        """The recipe of a preset, one of `RECIPES`, with changed settings.
 
         ConfigError for an unknown preset, or a setting that is not allowed.
         """
-        recipe = {"model": MaskVLMConfig.preset(name), **(_TINY if name == "tiny" else _PAPER)}
-        return cls(**{"data": data, "out": out, **recipe, **changes})
+        recipe = recipe_of(name)
+        values = {"model": MaskVLMConfig.preset(recipe.model), **recipe.settings}
+        return cls(**{"data": data, "out": out, **values, **changes})
 
     @property
     def fixed_shapes(self) -> bool:

@@ -133,18 +133,25 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 MAX_GRAPHS = 64
-"""Most compiled graphs of a step. `mvlm.model.packing.pad_to_bucket` leaves a handful of shapes; torch's limit is 8."""
+"""Most compiled graphs of a step, or of the blocks of one class. torch's limit is 8."""
 
 
-def compile_step(model: MaskVLM, world: World, **settings: Any) -> None:
-    """Compile the model's forward, as one graph. `settings` are torch.compile's.
+def compile_step(model: MaskVLM, world: World, accumulate: int, checkpointed: bool, **settings: Any) -> None:
+    """Compile the work of a step; before `checkpoint_activations` and `parallelize`. `settings` are torch.compile's.
 
-    ConfigError on several ranks, because their steps call parts of the model instead of its forward.
+    On one rank, with one microbatch and without checkpointed activations, the model's forward is one graph, for the
+    few shapes that `mvlm.model.packing.pad_to_bucket` leaves. Else each block is compiled by itself, for all lengths at
+    once: hooks of DDP and FSDP2, checkpoints and the losses stay outside of the graphs. Blocks of one class share them.
     """
-    if world.size > 1:
-        raise ConfigError(f"capture: wanted one rank with compile, got {world.size}; leave --capture compile out")
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
-    model.compile(fullgraph=True, dynamic=False, **settings)
+    if world.size == accumulate == 1 and not checkpointed:
+        model.compile(fullgraph=True, dynamic=False, **settings)
+        return
+    # Under DDP torch would split the graph of a block between two buckets of gradients.
+    torch._dynamo.config.optimize_ddp = False
+    for _, module in named_blocks(model):
+        # `forward`, not the module's call, as in `checkpoint_activations`.
+        module.forward = torch.compile(module.forward, fullgraph=True, **settings)
 
 
 def unsharded_copy(model: M, build: Callable[[], M]) -> M:

@@ -57,7 +57,7 @@ class Study:
     arms: dict[str, dict[str, Any]]
     """Name of each arm -> the settings in which it differs."""
     preset: str = ""
-    """Recipe of pretraining that all arms start from: tiny, small or base."""
+    """Recipe of pretraining that all arms start from: a preset of `mvlm pretrain`."""
     task: str = ""
     """Task to fine-tune, in place of a preset: all arms start from its recipe and from one pretrained model."""
     settings: dict[str, Any] = field(default_factory=dict)

@@ -233,10 +233,10 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     adapt(model, config)
     if config.adapted:
         freeze_rest(model, config)
+    if config.capture == "compile":
+        compile_step(model, world, config.accumulate, config.checkpoint_activations)
     if config.checkpoint_activations:
         checkpoint_activations(model)
-    if config.capture == "compile":
-        compile_step(model, world)
     parallel = parallelize(model, world, config.parallel, gathered=gathered_dtype(config, world))
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     if config.capture == "cuda-graphs":

@@ -480,12 +480,12 @@ _COARSE = 16
 def with_few_shapes(loaded: list[tuple[Batch, Masks]], config: RunConfig, world: World) -> list[tuple[Batch, Masks]]:
     """The batches of a step on one rank, padded if few shapes make the step faster; else as they are.
 
-    Compiled steps and CUDA graphs need few shapes, and so does the fast implementation in bf16 on a CPU. There oneDNN
-    generates code for each shape of a matrix product and keeps it for 1,024 of them: for the demo 40 products of a step
-    were new, and 18 ms of it. In fp32 it is another library that multiplies.
+    CUDA graphs and steps compiled as one graph need few shapes, and so does the fast implementation in bf16 on a CPU.
+    There oneDNN generates code for each shape of a matrix product and keeps it for 1,024 of them: for the demo 40
+    products of a step were new, and 18 ms of it. In fp32 it is another library that multiplies.
     """
     alone = world.size == config.accumulate == 1 and isinstance(config, PretrainConfig)
-    buckets = _COARSE if config.fixed_shapes else 0
+    buckets = _COARSE if alone and config.fixed_shapes else 0
     if not buckets and alone and config.plan == "fast":
         buckets = eager_buckets(world.device, config.precision)
     if not buckets:

@@ -147,10 +147,10 @@ class KeptStep:
         # Microbatch a of rank r is number a W + r of the global batch, for any number W of ranks.
         mine = range(world.rank, total, world.size)
         microbatches = [self._read_microbatch(number % ranks, number // ranks, world) for number in mine]
+        if config.capture == "compile":
+            compile_step(model, world, len(mine), config.checkpoint_activations)
         if config.checkpoint_activations:
             checkpoint_activations(model)
-        if config.capture == "compile":
-            compile_step(model, world)
         parallel = parallelize(model, world, config.parallel, gathered=gathered_dtype(config, world))
         number: Any = state["step"]
         if config.fixed_shapes:

@@ -42,9 +42,17 @@ def test_doctor_needs_no_validation_split(run_mvlm, tmp_path, monkeypatch):
     assert done.code == 0
     assert found["shards"].startswith("green")
     assert "speed" in found
+    assert "16 pairs: mvlm pretrain tiny" in found["recipe"]
     done = run_mvlm("doctor", "--data", write_scenes(tmp_path / "other", {"test": 4}), "--out", tmp_path)
     assert done.code == 1
     assert done.out[-1].startswith("red    shards")
+
+
+def test_doctor_suggests_a_preset_by_the_number_of_pairs():
+    """29,300 steps of 4,096 pairs pass 5 million 24 times."""
+    found = machine_check.recipe(5_000_000)
+    assert found.state == "green"
+    assert "mvlm pretrain clip-3m, 29,300 steps of 4,096 pairs, 24 epochs" in found.text
 
 
 LEARNING = [

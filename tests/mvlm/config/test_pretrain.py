@@ -70,8 +70,8 @@ INVALID: dict[str, tuple[object, ...]] = {
     [
         *({name: value} for name, values in INVALID.items() for value in values),
         *({name: -1} for name in NOT_NEGATIVE),
-        *({"capture": "compile"} | more for more in ({"accumulate": 2}, {"plan": "plain"})),
-        {"capture": "compile", "checkpoint_activations": True},
+        {"capture": "compile", "plan": "plain"},
+        {"capture": "cuda-graphs", "accumulate": 2},
         {"train_text": "frozen", "capture": "compile"},
         {"keep_start": 1.0},
         *(

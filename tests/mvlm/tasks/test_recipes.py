@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from mvlm.config.model import PRESETS, MaskVLMConfig
-from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.pretrain import RECIPES, PretrainConfig, suggested_preset
 from mvlm.errors import ConfigError
 from mvlm.tasks import task_names
 from mvlm.tasks.recipes import FINETUNE_RECIPES, finetune_defaults
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "clip-3m", "clip-12m", "clip-400m"])
 def test_every_preset_has_a_recipe(preset):
     config = PretrainConfig.preset(preset, data=Path("data"), out=Path("run"), seed=3)
-    assert config.model == MaskVLMConfig.preset(preset)
+    assert config.model == MaskVLMConfig.preset(preset if preset in PRESETS else "base")
     assert (config.data, config.out, config.seed) == (Path("data"), Path("run"), 3)
     assert config.warmup_steps < config.max_steps
     assert json.loads(json.dumps(config.to_dict()))["data"] == "data"
@@ -24,8 +24,34 @@ def test_every_preset_has_a_recipe(preset):
 
 @pytest.mark.parametrize("make", [MaskVLMConfig.preset, partial(PretrainConfig.preset, data=Path("d"), out=Path("o"))])
 def test_an_unknown_preset_is_refused_with_a_list_of_presets(make):
-    with pytest.raises(ConfigError, match="unknown preset: wanted one of tiny, small, base, got 'huge'"):
+    with pytest.raises(ConfigError, match=r"unknown preset: wanted one of tiny, small, base.*, got 'huge'"):
         make("huge")
+
+
+# As published: https://github.com/facebookresearch/SLIP (README.md, main.py) and, for LAION-400M,
+# https://github.com/LAION-AI/scaling-laws-openclip (trained_models_info.csv) and open_clip's defaults.
+PUBLISHED = {  # pairs, epochs, batch of all GPUs, warm-up in steps or None for an epoch, rate, last rate, decay, crops
+    "clip-3m": (3e6, 40, 64 * 64, None, 5e-4, 1e-5, 0.5, (0.5, 1.0)),
+    "clip-12m": (10_968_539, 35, 64 * 64, None, 5e-4, 1e-5, 0.5, (0.5, 1.0)),
+    "clip-400m": (407_332_084, 32, 176 * 192, 10_000, 5e-4, 0.0, 0.2, (0.9, 1.0)),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_recipe_of_contrastive_training_has_the_published_values(preset):
+    pairs, epochs, batch, warm_up, rate, last, decay, crops = PUBLISHED[preset]
+    run = PretrainConfig.preset(preset, data=Path("data"), out=Path("run"))
+    assert run.max_steps == pytest.approx(epochs * pairs / batch, rel=1e-3)
+    assert run.warmup_steps == pytest.approx(pairs / batch if warm_up is None else warm_up, rel=5e-3)
+    assert run.lr_encoder * run.lr_end == pytest.approx(last)
+    assert (run.batch_size, run.lr_encoder, run.weight_decay, run.crop_scale) == (batch, rate, decay, crops)
+    assert (run.beta2, run.optimizer, run.schedule, run.randaugment, run.flip) == (0.98, "adamw", "cosine", 0, 0)
+
+
+def test_a_preset_is_suggested_for_every_number_of_pairs():
+    suggested = [suggested_preset(pairs) for pairs in (1, 3_165, 10**6, 3_000_000, 11_000_000, 80_000_000, 10**10)]
+    assert suggested == ["tiny", "tiny", "base", "clip-3m", "clip-12m", "clip-400m", "clip-400m"]
+    assert {recipe.model for recipe in RECIPES.values()} == set(PRESETS)
 
 
 @pytest.mark.parametrize("recipe", FINETUNE_RECIPES)
