@@ -17,8 +17,12 @@ from mvlm_dataloading import Batch, Masks
 from support.faults.forks import in_ranks, wait
 from support.models import ALONE, micro_batch, micro_model
 
-# Dynamo asks tensors of closures for their `.grad`, and hides the warning unless warnings are errors.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# Dynamo asks tensors of closures for their `.grad`, and hides the warning unless warnings are errors. Inductor imports
+# deprecated parts of torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 
 def varied(steps: int, rank: int) -> Iterator[tuple[Batch, Masks]]:
