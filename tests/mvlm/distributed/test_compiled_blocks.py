@@ -17,8 +17,12 @@ from mvlm_dataloading import Batch, Masks
 from support.faults.forks import in_ranks, wait
 from support.models import ALONE, micro_batch, micro_model
 
-# Dynamo asks tensors of closures for their `.grad`, and hides the warning unless warnings are errors.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# Dynamo asks tensors of closures for their `.grad`, and hides the warning unless warnings are errors. Inductor imports
+# deprecated parts of torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 
 def varied(steps: int, rank: int) -> Iterator[tuple[Batch, Masks]]:
@@ -42,6 +46,7 @@ def train(
 
     The model is not updated. Without a backend the steps are eager.
     """
+    torch._dynamo.reset()
     model = micro_model(image_layers=2, text_layers=2, cross_layers=1, decoder_layers=1)
     if backend is not None:
         compile_step(model, world, accumulate, checkpointed, backend=backend)
@@ -63,7 +68,6 @@ def train(
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.extended)])
 def test_compiled_encoders_learn_as_eager_ones_at_all_lengths(backend):
     """Two blocks of each encoder share a graph, and another length needs at most one more."""
-    torch._dynamo.reset()
     how = {"checkpointed": True, "objectives": [ITC(1.0)]}
     wanted, _ = train(ALONE, 8, None, **how)
     got, graphs = train(ALONE, 8, backend, **how)
@@ -74,7 +78,6 @@ def test_compiled_encoders_learn_as_eager_ones_at_all_lengths(backend):
 @pytest.mark.extended
 @pytest.mark.slow
 def test_no_block_is_compiled_again_in_200_steps():
-    torch._dynamo.reset()
     _, graphs = train(ALONE, 200, "aot_eager", accumulate=2)
     assert 0 < graphs[9] == graphs[-1] <= 30
 
