@@ -350,7 +350,8 @@ def test_every_kind_of_file_has_a_row():
     files = {
         str(path.relative_to("run")) for path in vars(folder).values() if path not in (folder.path, folder.checkpoints)
     }
-    assert files - {".evaluation"} <= run  # which is made anew for each evaluation, and removed first
+    # Both are made anew and removed first; tests/mvlm/runs/test_mirror.py attacks `.restored`.
+    assert files - {".evaluation", ".restored"} <= run
     assert {name for name in REQUIRED if "." in name} <= {Path(name).name for name in run}
 
 

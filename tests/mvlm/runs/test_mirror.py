@@ -71,6 +71,16 @@ def test_an_empty_folder_gets_the_newest_checkpoint_and_its_run(trained, tmp_pat
     assert ours == wanted | {name: theirs[name] for name in ("config.json", "history.jsonl", "metrics.jsonl")}
 
 
+def test_a_link_in_the_place_of_the_restored_folder_is_not_followed(trained, tmp_path, gate, place):
+    copy(place, trained, 1)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.restored").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="leads elsewhere"):
+        open_mirror(place, tmp_path / "run", resume=True)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_folder_as_new_as_the_store_stays_as_it_is(trained, run_copy, gate, place):
     copy(place, trained, 1, 2)
     before = content(run_copy)
