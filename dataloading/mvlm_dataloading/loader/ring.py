@@ -6,6 +6,7 @@ block. So each block is read once, by as few ranges as its samples lie in, and a
 Shape legend: n samples of a request.
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from mvlm_dataloading.links.store import RangeStore
 from .lanes import LaneOrder
 
 IN_FLIGHT = 64
-"""Ranges that the ranks of a node read at a time, if it has at most eight; each reads at least eight."""
+"""Ranges that the ranks of a node read at a time, if they are at most eight."""
 AHEAD_S = 10.0
 """Seconds of training whose samples are asked for in advance, at most those of an epoch."""
 AHEAD_SAMPLES = 1024
@@ -31,6 +32,14 @@ AHEAD_BYTES = 512 << 20
 """Bytes of blocks that a rank has asked for and not begun, at which it asks for nothing in advance any more. The
 samples of begun blocks are in memory beside them: half of the order's pool in the mean, 1 GB of all ranks."""
 _RATE_BATCHES = 32
+
+
+def ranges_at_a_time(ranks: int) -> int:
+    """Ranges that a rank reads at a time, of `ranks`: its share of `IN_FLIGHT` among the ranks of its node, at least 8.
+
+    torchrun says in LOCAL_WORLD_SIZE how many these are. Without it all ranks are taken for one node's.
+    """
+    return max(8, IN_FLIGHT // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
 
 
 class _Block(NamedTuple):
@@ -64,7 +73,7 @@ class Ring:
         self._links, self._order, self._own = links, order, own
         self._offset, self._first = dataset.start, links.index.first  # ids count from the data set's first sample
         self._start, self._step, self._ranks, self._size = start, step, ranks, len(dataset)
-        self._store = RangeStore(max(8, IN_FLIGHT // ranks))
+        self._store = RangeStore(ranges_at_a_time(ranks))
         self._planned = start  # positions before it have been asked for
         self._blocks: dict[int, _Block] = {}  # by position, those whose bytes are not taken apart yet
         self._samples: dict[int, tuple[int, LinkedSample]] = {}  # by position: id and sample

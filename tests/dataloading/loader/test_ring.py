@@ -115,6 +115,13 @@ def test_ranks_resume_with_other_microbatches(tars, read, nothing_ahead):
 
 
 @pytest.mark.slow
+def test_ranks_of_a_node_share_its_requests(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert [ring.ranges_at_a_time(ranks) for ranks in (1, 2, 4, 64)] == [64, 32, 16, 8]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # 64 nodes of one GPU
+    assert ring.ranges_at_a_time(64) == 64
+
+
 def test_substitutes_of_damaged_images_are_the_same_on_all_ranks(tmp_path, caplog):
     """A damaged PNG is replaced by the sample that (seed, epoch, its id) draws, however early it is known."""
     bad = {1, 41, 69}
