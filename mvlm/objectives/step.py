@@ -102,8 +102,9 @@ class MicrobatchObjective(Objective):
 class BatchObjective(Objective):
     """An objective of all pairs of the global batch, as ITC is.
 
-    By default it compares embeddings of images and captions. One that compares none, such as a statistic of features,
-    returns no `views` and has its own `trains`.
+    By default it compares each image with all captions, and reads gathered embeddings. One that needs only sums over
+    the pairs, such as a correlation of embeddings, returns no `views`, and takes `Features.embed` and
+    `Features.global_sum`. One that reads no embeddings has its own `trains`.
     """
 
     trains = ("image_projection", "text_projection")
@@ -122,6 +123,9 @@ class BatchObjective(Objective):
 
         A loss that is no such sum, as the logarithm of a mean over all pairs, is a function of `Features.global_sum`.
         Every rank computes the same loss, and its share is the loss divided by `features.step.layout.ranks`.
+
+        NOTE: autocast may be on: products and sums of a loss are then bf16. `sum_over_logits` leaves it; a loss of its
+        own does so by `mvlm_kernels.dispatch.without_autocast`.
         """
         raise NotImplementedError
 
