@@ -1,6 +1,7 @@
 """Time that a rank computes by itself in a step, before it waits for others."""
 
 import time
+from collections import deque
 
 import torch
 
@@ -16,7 +17,8 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._started: float | torch.cuda.Event | None = None
-        self._ended: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._ended: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        """Steps whose times are not known yet: the host queues a step before the device has made the one before."""
         self._seconds = 0.0
 
     def start(self) -> None:
@@ -27,15 +29,17 @@ class Stopwatch:
         """End it. Further calls before the next start are ignored."""
         started, self._started = self._started, None
         if isinstance(started, torch.cuda.Event):
-            self._ended = started, self._now()  # pyright: ignore[reportAttributeAccessIssue]
+            ended = self._now()
+            assert isinstance(ended, torch.cuda.Event)
+            self._ended.append((started, ended))
         elif started is not None:
             self._seconds = time.perf_counter() - started
 
     def seconds(self) -> float:
         """The newest time that is known without waiting for the device."""
-        if self._ended is not None and self._ended[1].query():
-            started, ended = self._ended
-            self._seconds, self._ended = started.elapsed_time(ended) / 1000, None
+        while self._ended and self._ended[0][1].query():
+            started, ended = self._ended.popleft()
+            self._seconds = started.elapsed_time(ended) / 1000
         return self._seconds
 
     def _now(self) -> "float | torch.cuda.Event":
