@@ -124,8 +124,13 @@ def one_line(box: str) -> str:
     return re.sub(r"Error parsing (?:[^-\s:]+: )?", "", message).replace("Argument helptext: ", "")
 
 
-def check_result_file(out: Path | None) -> None:
-    """Raise ConfigError unless `out` is None, a new file, an empty one, or an evaluation's figures, to be replaced."""
+def check_result_file(out: Path | None, ranks: int = 1) -> None:
+    """Raise ConfigError unless `out` is None, a new file, an empty one, or an evaluation's figures, to be replaced.
+
+    Several ranks need a file.
+    """
+    if out is None and ranks > 1:
+        raise ConfigError("out: wanted a file, beside which the ranks share their work, found none; add --out FILE")
 
     def is_result(content: bytes) -> bool:
         if content.startswith((b'{\n "checkpoint": ', b'{\n "task": ')):  # one of ours, if cut by a kill or a full disk

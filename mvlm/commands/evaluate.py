@@ -65,11 +65,7 @@ def eval_retrieval(
     with joined_ranks(device) as world:
 
         def prepare() -> "tuple[TrainedModel, Dataset, Dataset | None, Dataset | None]":
-            if out is None and world.size > 1:
-                raise ConfigError(
-                    "out: wanted a file, beside which the ranks share their work, found none; add --out FILE"
-                )
-            check_result_file(out)
+            check_result_file(out, world.size)
             model = load_without_head(checkpoint, world.device, image_size=image_size, text_length=text_length)
             dataset = open_dataset(data, split)
             train = open_dataset(data, "train") if "train" in dataset.splits else None
@@ -131,7 +127,6 @@ def eval_classes(
     from mvlm.commands.arguments import check_no_input, check_result_file
     from mvlm.device import chosen_precision
     from mvlm.distributed.coordination import check_same, joined_ranks, run_on_all_ranks
-    from mvlm.errors import ConfigError
     from mvlm.evaluation.class_images import ClassImages, open_classes
     from mvlm.evaluation.classification import classify_images, describe_classification
     from mvlm.evaluation.workspace import SAME_WORK, open_workspace
@@ -142,11 +137,7 @@ def eval_classes(
     with joined_ranks(device) as world:
 
         def prepare() -> "tuple[TrainedModel, ClassImages]":
-            if out is None and world.size > 1:
-                raise ConfigError(
-                    "out: wanted a file, beside which the ranks share their work, found none; add --out FILE"
-                )
-            check_result_file(out)
+            check_result_file(out, world.size)
             check_no_input(out, templates)
             images = open_classes(classes, templates)
             return load_without_head(checkpoint, world.device, image_size=image_size), images
