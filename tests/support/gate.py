@@ -16,6 +16,7 @@ class Gate:
     def __init__(self, server: tuple[str, int]) -> None:
         self._server, self._lock = server, threading.Lock()
         self._pairs: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
         self._open = True
         self.sent = 0
         """Bytes that clients have sent to the server."""
@@ -37,8 +38,11 @@ class Gate:
         self._open = True
 
     def close(self) -> None:
+        """Break all connections, and wait until their sockets are closed."""
         self.shut()
         self._listener.close()
+        for one in self._threads:
+            one.join(10)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -48,11 +52,20 @@ class Gate:
                     self.refused += 1
                     client.close()
                     continue
-                server = socket.create_connection(self._server)
-                with self._lock:
-                    self._pairs |= {client, server}
-                for source, sink in ((client, server), (server, client)):
-                    threading.Thread(target=self._pass, args=(source, sink, source is client), daemon=True).start()
+                self._threads.append(threading.Thread(target=self._connect, args=(client,), daemon=True))
+                self._threads[-1].start()
+
+    def _connect(self, client: socket.socket) -> None:
+        """Pass bytes in both directions until either side ends."""
+        with contextlib.suppress(OSError), client, socket.create_connection(self._server) as server:
+            with self._lock:
+                if not self._open:
+                    return
+                self._pairs |= {client, server}
+            up = threading.Thread(target=self._pass, args=(client, server, True), daemon=True)
+            up.start()
+            self._pass(server, client, False)
+            up.join()
 
     def _pass(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
         with contextlib.suppress(OSError):
