@@ -258,7 +258,10 @@ def _is_panic(error: BaseException) -> bool:
 
 
 def _begins_unit(token: str, *, byte_level: bool) -> bool:
-    """True for a token, without the mark of a word, that begins with a letter of a script without blanks."""
+    """True if a token begins with a letter of a script that puts no blanks between words, as Chinese or Thai.
+
+    Such a token is a unit of whole-word masking by itself. `token` comes without its prefix for the start of a word.
+    """
     if fallback := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's spelling of a byte
         content = bytes([int(fallback[1], 16)])
     elif byte_level and _BYTES.keys() >= set(token):

@@ -97,7 +97,13 @@ def _guarded_copy(x: Tensor, device: str | torch.device | None = None) -> Guarde
 
 
 class Poison:
-    """Guarded buffers in place of what host code allocates. ``of``: see :func:`watched`."""
+    """Gives host code buffers that are filled with NaN and lie between guard bands, in place of those it allocates.
+
+    Writes beyond a buffer and reads of unwritten values are then seen.
+
+    Args:
+        of: beginning of the names of the modules whose allocations are replaced, as in :func:`watched`.
+    """
 
     def __init__(self, of: str = "") -> None:
         self.of = of

@@ -117,7 +117,12 @@ def with_trained_model(defaults: PretrainConfig, words: Sequence[str]) -> Pretra
 
 
 def with_tower(defaults: PretrainConfig, words: Sequence[str]) -> PretrainConfig:
-    """Put the settings of the image tower that the command line names into `defaults`, before its other flags."""
+    """`defaults` with the settings that suit the image tower named by `--model.image-tower` in `words`.
+
+    Other flags of the command line are read afterwards and override them. Returns `defaults` if no tower is named.
+
+    words: arguments of the command line.
+    """
     tower, side = (_value(words, f"--model.{name}") for name in ("image-tower", "image-size"))
     if not tower or tower == defaults.model.image_tower:
         return defaults

@@ -253,7 +253,10 @@ def collectives(setting: ClusterSetting, trained: int) -> list[Collective]:
 
 
 def _columns(setting: ClusterSetting) -> list[Collective]:
-    """Columns of ITC's logits in blocks: largest ones and draws, then sums, and their gradients backward."""
+    """Collectives of a step that join the columns of ITC's logits over ranks, each of which has some rows only.
+
+    Forward: the largest logit and the drawn negative of each column, and the column's sum. Backward: its gradient.
+    """
     every, ranks = setting.batch_size, setting.ranks
     return [
         Collective("all-reduce", "columns of logits", 3 * 4 * every, ranks),

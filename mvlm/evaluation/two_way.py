@@ -115,7 +115,11 @@ class _Hidden(NamedTuple):
 
 
 def _hide(model: MaskVLM, batch: Batch, cells: Sequence[Sequence[float]]) -> _Hidden:
-    """Masks of the edited words and cells of a batch. A caption without an edited word hides its first one."""
+    """Masks that hide, in each sample, the words and the image cell in which it differs from its partner.
+
+    A batch is a sequence of pairs of samples, neighbours of which one is an edit of the other. A caption that equals
+    its partner's hides its first word. cells: one (left, top, right, bottom) for each sample.
+    """
     bounds, tokens = batch.cu_seqlens.tolist(), batch.tokens.tolist()
     captions = [tokens[a:b] for a, b in pairwise(bounds)]
     masked, owners = [], []

@@ -193,7 +193,10 @@ class FeedForward(nn.Module):
         return gelu_linear(h, self.down.weight, self.down.bias, h_bias=bias)
 
     def branch(self, x: Tensor) -> Branch:
-        """Output (..., C) for `add_norm`: with the last bias, or apart from it if `add_norm` adds it."""
+        """Output (..., C) that `add_norm` adds to the residual stream.
+
+        On devices where `add_norm` adds the bias of the last layer too, it comes beside an output without it.
+        """
         if not adds_bias_later(x.device):
             return Branch(self(x))
         h, bias = project(self.up, x)  # (..., 4C)

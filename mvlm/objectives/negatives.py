@@ -142,6 +142,9 @@ def matching_pairs(negatives: Negatives, first_image: int = 0, first_text: int =
 
 
 def matching_weights(negatives: Negatives) -> Tensor:
-    """Weights float32 (3n,) of the pairs that `matching_pairs` makes."""
+    """Weights of the matching loss's terms, float32 (3n,): n right pairs, their n negative captions, their n images.
+
+    Right pairs weigh 1. A negative weighs 0 where no pair could be drawn.
+    """
     ones = torch.ones_like(negatives.text_weights)
     return torch.cat([ones, negatives.text_weights, negatives.image_weights])

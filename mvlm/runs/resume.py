@@ -143,9 +143,9 @@ def _length(file: Path) -> int:
 
 
 def _moved_code(name: str, before: Any, now: Any) -> bool:
-    """True for two paths of the user's own code, to files of one name, whose hashes are compared elsewhere.
+    """True if a setting that names a file of the user's own code has changed by the file's folder alone.
 
-    `FineTuner.restore` compares those of tasks; those of functions are settings, too.
+    The hash of the file is compared elsewhere: of a task by `FineTuner.restore`, of a function as a setting of its own.
     """
     paths = Path(str(before)), Path(str(now))
     endings = {"task": (".py",), "own_loss": (".py:",), "own_masks": (".py:",)}

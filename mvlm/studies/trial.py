@@ -111,7 +111,10 @@ class Trial:
         return result.get("format_version") == FORMAT_VERSION and settings == wanted
 
     def same_images(self, result: dict[str, Any]) -> bool:
-        """True if a result was found on the images that this trial is evaluated on, as far as the result tells."""
+        """True if a result was found on the images that this trial is evaluated on.
+
+        A split for which the result names no images counts as equal.
+        """
         about = result.get("data", {})
         known = about.get("splits", {self.splits[0]: about.get("test")})  # older results tell of the first split only
         return all(known.get(split) in (None, fingerprint) for split, fingerprint in self.evaluated.items())

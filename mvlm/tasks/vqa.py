@@ -182,7 +182,10 @@ def answers_loss(
 
 
 def likeliest(model: MaskVLM, x: Tensor, table: AnswerTable) -> Tensor:
-    """The likeliest answer of a table for each sample, int64 (B,); x (B, A, C) are features of its [MASK]s."""
+    """Index of the likeliest answer of a table for each of B questions, int64 (B,).
+
+    x: (B, A, C), features of a question's [MASK] tokens. A is the number of tokens of the longest answer.
+    """
     words = table.tokens  # (answers, A)
     counts = torch.arange(words.shape[1], device=words.device) < table.lengths[:, None]
     best = []

@@ -1,6 +1,7 @@
 """Judge the suite by planted faults: a fixed sample of mutants of the code, each against the tests of its room.
 
     python tests/promises/mutants.py                                     those without a result, tests of `make test`
+    python tests/promises/mutants.py --redraw                            and new mutants for functions that changed
     python tests/promises/mutants.py --lane extended                     survivors, the other tests of `make test-all`
     python tests/promises/mutants.py --tree OLD --lane all --column old  survivors, in another checkout
 
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,6 +182,23 @@ def draw(tree: Path, count: int) -> list[Mutant]:
     return drawn
 
 
+def with_redrawn(rows: list[dict[str, Any]], tree: Path) -> list[dict[str, Any]]:
+    """Rows of a table; those of functions that are no longer in the tree give way to new mutants of their rooms."""
+    present = {hash_of(text) for source in sources(tree).values() for *_, text in functions(source)}
+    kept = [row for row in rows if row["function"] in present]
+    known = {(row["function"], row["line"]) for row in kept}
+    free: dict[str, list[Mutant]] = {}
+    for mutant in draw(tree, 10 * len(rows)):
+        if (mutant.function, mutant.line) not in known:
+            free.setdefault(room_of(mutant.file), []).append(mutant)
+    gone = Counter(room_of(row["file"]) for row in rows if row["function"] not in present)
+    return kept + [row_of(mutant) for room, count in gone.items() for mutant in free.get(room, [])[:count]]
+
+
+def row_of(mutant: Mutant) -> dict[str, Any]:
+    return {**mutant._asdict(), "test": "", "why": ""}
+
+
 def place(tree: Path, mutant: Mutant) -> tuple[Path, str] | None:
     """The file that holds the mutant's function in a tree, and its text with the mutation; None if there is none."""
     for file, source in sources(tree).items():
@@ -257,6 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout whose tests are judged")
     parser.add_argument("--count", type=int, default=300, help="mutants of a new table")
+    parser.add_argument("--redraw", action="store_true", help="replace rows of functions that have changed or gone")
     parser.add_argument("--lane", choices=LANES, default="test")
     parser.add_argument("--column", help="the table's column that is written; the lane's name by default")
     parser.add_argument("--table", type=Path, default=TABLE, help="mutants and results; one that is new is drawn")
@@ -267,7 +287,9 @@ def main() -> None:
     if options.table.exists():
         rows: list[dict[str, Any]] = list(csv.DictReader(options.table.open()))
     else:
-        rows = [{**mutant._asdict(), "test": "", "why": ""} for mutant in draw(options.tree, options.count)]
+        rows = [row_of(mutant) for mutant in draw(options.tree, options.count)]
+    if options.redraw:
+        rows = with_redrawn(rows, options.tree)
     column = options.column or options.lane
     fields = [*Mutant._fields, *sorted({*rows[0], column} - {*Mutant._fields, "why"}), "why"]
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:

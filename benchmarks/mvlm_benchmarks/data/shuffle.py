@@ -33,7 +33,13 @@ def independent_samples(ids: Int64, group: int) -> float:
 
 
 def rows(shards: int, samples: int, batches: int) -> Iterator[dict[str, Any]]:
-    """A row for each order and size of batch, of a split of so many shards of `samples` samples."""
+    """Measure how well each order of samples shuffles: a row of the table for every order and batch size.
+
+    Args:
+        shards: number of shards of the simulated split.
+        samples: samples in each shard.
+        batches: batches that are looked at.
+    """
     sizes = np.full(shards, samples)
     whole = np.random.default_rng(0).permutation(shards * samples)
     for batch in BATCHES:

@@ -154,7 +154,7 @@ def place_eager(inputs: Inputs) -> Function:
 
 
 def ours(case: Case, inputs: Inputs) -> Function:
-    """Builder of our op, on the backend that it chooses on this machine."""
+    """Function of a case's leaf tensors that calls our op, on the backend that the op chooses on this machine."""
     op, names = case.ours, list(inputs.leaves)
     return lambda *leaves: op(**dict(zip(names, leaves, strict=True)), **inputs.fixed)
 

@@ -63,7 +63,10 @@ Access = Callable[[Any, Any, int, bool], None]
 
 
 def counted(batch: int) -> list[Case]:
-    """Cases of equal rows whose work is all in kernels, and two ops without their products, which are torch's."""
+    """Cases whose memory traffic is counted: those of sequences of equal length that kernels compute alone.
+
+    `gelu_linear` and `split_linear` are there without their matrix products, which torch computes.
+    """
     found = [
         case
         for case in sorted(timed(batch, BF16), key=lambda case: not case.core)

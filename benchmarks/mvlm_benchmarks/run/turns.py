@@ -1,4 +1,4 @@
-"""Turns of the bare step and of the real training loop, in one process and on one model."""
+"""Time a step by itself and the same step in the real training loop, in turns, in one process and on one model."""
 
 import itertools
 import time

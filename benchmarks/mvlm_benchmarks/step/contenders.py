@@ -81,7 +81,10 @@ def make_module(contender: str, config: MaskVLMConfig) -> nn.Module:
 
 
 def compute_losses(contender: str, module: Any, inputs: StepInputs) -> Losses:
-    """Run a forward pass of a contender. `module` is its module or the compiled form of it."""
+    """Losses of the model that a benchmark times under the name `contender`, by a forward pass.
+
+    module: its module, or the compiled form of it.
+    """
     name = eager_name(contender)
     if name in BASELINES:
         with sdpa_kernel(SDPBackend.MATH) if name == MATH else contextlib.nullcontext():

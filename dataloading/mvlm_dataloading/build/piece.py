@@ -206,7 +206,10 @@ class _PieceWriter:
         return None
 
     def _prepare(self, one: _Candidate, pixels: Any) -> tuple[bytes, str, dict[str, Any]] | str:
-        """The image as it is stored, its extension, and its facts; or the reason for its rejection."""
+        """Turn a decoded candidate into (image file, extension, its columns in the index), or the reason to reject it.
+
+        pixels: uint8 (height, width, 3).
+        """
         options, image, extension = self._options, exif_first(one.image), one.header.extension
         white = on_white(image) if one.header.has_alpha else None
         if isinstance(white, str):

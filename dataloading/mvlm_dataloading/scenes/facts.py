@@ -31,7 +31,10 @@ _BETWEEN = re.compile(rf"(?: is| are)? ({_any_of(list(_SIDE_OF))}) ")
 
 
 def stated_facts(caption: str) -> set[Fact]:
-    """Facts that a caption states. Other words state nothing."""
+    """Facts that a scene's caption states: counts, objects, colours, and on which side of another an object lies.
+
+    Words that say none of these are passed over.
+    """
     text = " ".join(re.sub(r"[^\w\s-]", " , ", caption.lower()).split())
     found: set[Fact] = set()
     before: re.Match[str] | None = None

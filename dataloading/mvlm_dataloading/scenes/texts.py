@@ -224,8 +224,10 @@ def hypotheses_of_a_place(rng: random.Random, vocabulary: Vocabulary) -> list[Sa
 
 
 def hypotheses_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Hypotheses on the side of a noun. The nouns are exchanged in the contradicting image, and a card hides one in
-    the open image.
+    """Three samples of visual entailment, of one text: on which side one object lies of another.
+
+    The image entails the text in the first. In the second the objects have changed places, which contradicts it. In
+    the third a card covers one object, so that the answer is open (neutral).
     """
     subject, side, anchor = _told(rng, vocabulary)
     scene = _side_by_side(rng, vocabulary, subject, side, anchor)

@@ -68,7 +68,10 @@ def flickr30k(root: Path, /, captions: Path | None = None) -> Source:
 
 
 def image_folder(root: Path) -> Path:
-    """Folder of the images below `root`, or `root` itself. DataError if it is no folder."""
+    """Folder of the images: the first that exists of the usual names below `root`, else `root`.
+
+    Raises DataError if there is no such folder.
+    """
     images = require_folder(*(root / name for name in _IMAGES), root)
     # One mirror's archive has the folder inside another of the same name.
     return images / images.name if (images / images.name).is_dir() else images

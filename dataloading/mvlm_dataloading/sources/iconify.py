@@ -110,7 +110,10 @@ def iconify(
 
 
 def _icons(content: dict[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield name, SVG and plain aliases of each icon of a collection by name, without hidden ones."""
+    """Yield (name, SVG, aliases) of each icon of a collection that is not hidden, sorted by name.
+
+    An alias that turns, mirrors or crops its icon is left out.
+    """
     synonyms: dict[str, list[str]] = {}
     aliases = content.get("aliases") or {}
     for alias in sorted(aliases):

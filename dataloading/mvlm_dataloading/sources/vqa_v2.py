@@ -92,7 +92,10 @@ def _need(root: Path, name: str) -> Path:
 
 
 def _records(folder: Path, part: str, questions: Path, other: Path | None = None) -> list[Record]:
-    """A record for each question, and for each annotation without a question. `other`: annotations, or test-dev."""
+    """A record for each question of a part, and for each annotation without a question.
+
+    other: file of the annotations; for the part test2015, which has none, the file of test-dev's questions.
+    """
     test = part == "test2015"
     paths: dict[int, Path] = {}
     known: dict[tuple[str, Any], dict[str, Any]] = {}  # equal answers are one object: a third of the memory

@@ -192,9 +192,12 @@ def splits(programs: int, work: int, device: torch.device) -> int:
 
 
 def long_tiles(rows: int, seqs: int, longest: int, block: int) -> int:
-    """Number of tiles for one sequence of the long side.
+    """Number of tiles of `block` rows for one sequence of the side, queries or keys, that is cut into tiles.
 
-    rows: rows per sequence of a dense side, all rows of a packed side. longest: the longest sequence; negative if
-    unknown, and then the mean length of the packed sequences counts.
+    Args:
+        rows: rows of one sequence if all have the same length; rows of all sequences if they are packed.
+        seqs: number of sequences if they are packed, else 0.
+        longest: rows of the longest sequence; negative if unknown, and then the mean length counts.
+        block: rows of a tile.
     """
     return ceil_div(min(longest, rows) if longest >= 0 else ceil_div(rows, seqs or 1), block)

@@ -53,7 +53,7 @@ class SwapReport:
 
     @property
     def swapped(self) -> tuple[Part, ...]:
-        """Parts that now use the kernels."""
+        """Modules of the model that now use the kernels."""
         return tuple(part for part in self.parts if part.reason is None)
 
     @property

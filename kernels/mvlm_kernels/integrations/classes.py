@@ -45,7 +45,10 @@ def in_torchscript() -> bool:
 
 
 def node_of_call(tracer: fx.Tracer, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> fx.Proxy | None:
-    """A call of the module as one node of the graph; None for the traced model itself, which cannot be one."""
+    """Record a call of `module` as one node `call_module` of the torch.fx graph, in place of the ops inside.
+
+    Returns None if `module` is the traced model itself, which cannot be a node of its own graph.
+    """
     if module is tracer.root:
         return None
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)

@@ -46,7 +46,10 @@ def pixel_loss(difference: Tensor, kind: Kind) -> Tensor:
 
 
 def slope_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the saved slope, of predictions in ``dtype``."""
+    """Dtype in which the forward pass saves the loss's derivative: int8 for L1, whose derivative is a sign.
+
+    dtype: of the predictions, and of the saved derivative for other losses.
+    """
     return torch.int8 if kind == "l1" else dtype
 
 

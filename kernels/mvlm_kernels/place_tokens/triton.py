@@ -176,7 +176,11 @@ def reader_lists(patch_ids: Tensor, num_patches: int) -> Tensor:
 def _source(
     masked: Tensor | None, visible_ids: Tensor | None, num_patches: int, both: bool
 ) -> tuple[str, Tensor | None]:
-    """(mode, source) of the kernels. A mask whose memory has the batch last is taken as it is, another is copied."""
+    """Mode of the kernels, "visible", "all", "both" or "masked" tokens, and the tensor by which they find a token.
+
+    It is the index of the token of each patch for "visible", and the mask with the batch last for "both" and "masked".
+    A mask that has this layout in memory is not copied.
+    """
     if visible_ids is not None:
         # Ids are distinct, so each list has at most one entry: the index of the patch's token.
         return "visible", reader_lists(visible_ids, num_patches)
