@@ -85,9 +85,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @contextmanager
 def _folder(path: Path) -> Iterator[int]:
-    """Context with the descriptor of a folder: files opened relative to it are in this folder, whatever its path
-    becomes.
-    """
+    """Context with the descriptor of a folder, to open files in it even if its path leads elsewhere later."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield descriptor
