@@ -117,7 +117,9 @@ def huggingface(
 
 
 def _find(path: Path) -> list[tuple[Path, str | None]]:
-    """Find the files of rows at a path: (file, split that save_to_disk, a file's or a folder's name states, or None).
+    """Find the files of rows at a path: (file, split that save_to_disk, the file's or a folder's name states, or None).
+
+    The split is None if none of them states one.
     """
     if path.is_file():
         return [(path, split_in_name(path.name))]

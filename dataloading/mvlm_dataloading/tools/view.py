@@ -48,8 +48,7 @@ _QUESTIONS = {"question_id", "pairID", "identifier"}
 
 @dataclass(slots=True)
 class _Row:
-    """A sample that a view has chosen: number of its source, its data set and id there, size and hashes of the image.
-    """
+    """A sample that a view has chosen: number of its source, data set and id there, size and hashes of its image."""
 
     source: int
     dataset: Dataset
