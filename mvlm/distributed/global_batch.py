@@ -172,8 +172,7 @@ class _Passes:
         self._returning = exchange.backward(a, *map(_gradient, arrived))
 
     def _add_returned(self) -> None:
-        """Add the gradients that other ranks return, if any are on their way, to those of this rank's cached features.
-        """
+        """Add the gradients that other ranks return, if any are on their way, to those of the cached features."""
         if not self._returning:
             return
         (image, text), self._returning = (handle.wait() for handle in self._returning), []
