@@ -49,8 +49,7 @@ def limit_pairs_per_negative(columns: Tensor, most: int = MAX_PAIRS_PER_NEGATIVE
 
 
 def drawn_weights(columns: Tensor, rows: Tensor) -> Tensor:
-    """Weights of drawn negatives, float32 (Q,): 0 for a row whose column is its own index, which stands for none, else
-    1.
+    """Weights of drawn negatives, float32 (Q,): 0 for a row whose column is its own index, which stands for none, or 1.
 
     columns, rows: int64 (Q,), the column that each row drew, and the index of the row.
     """

@@ -47,7 +47,8 @@ class GuardedAdamW(torch.optim.AdamW):
             group["lr"] = group["peak"] * factor
 
     def clip(self, norm: Tensor, limit: float) -> None:
-        """Let the next step clip the gradients from their `norm`, a scalar, to `limit`, as torch's `clip_grad_norm_`.
+        """Let the next step clip the gradients to norm `limit`, as torch's `clip_grad_norm_` does. norm: theirs, a
+        scalar.
         """
         self.grad_scale = ((norm.float() + 1e-6) / limit).clamp(min=1)
 
