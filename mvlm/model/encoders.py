@@ -85,8 +85,7 @@ class BaseImageEncoder(nn.Module):
         raise NotImplementedError
 
     def with_mask_tokens(self, x: Tensor, visible_ids: Tensor) -> Tensor:
-        """Put features x (B, 1+K, C) of `forward_visible` at their patches, mask tokens at the others -> (B, 1+N, C).
-        """
+        """Put features x (B, 1+K, C) of `forward_visible` at their patches, mask tokens at others -> (B, 1+N, C)."""
         raise NotImplementedError
 
 
@@ -122,8 +121,7 @@ class ImageEncoder(BaseImageEncoder):
         return self.run(x.gather(1, index.expand(-1, -1, x.shape[-1])), lambda attention, y: attention(y, y))
 
     def with_mask_tokens(self, x: Tensor, visible_ids: Tensor) -> Tensor:
-        """Put features x (B, 1+K, C) of `forward_visible` at their patches, and mask tokens at the others -> (B, 1+N,
-        C).
+        """Put features x (B, 1+K, C) of `forward_visible` at their patches, mask tokens at others -> (B, 1+N, C).
 
         Positions are added to all rows again, as for MAE's decoder.
         """

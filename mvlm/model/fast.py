@@ -307,8 +307,9 @@ def fuse_tokens(
 
 
 def _reading(tokens: Tensor, packing: Packing) -> "Selection":
-    """`Selection` of some rows of a packing. tokens: their numbers, int64 (M,), ascending, or (R, A), A of each
-    caption.
+    """`Selection` of some rows of a packing.
+
+    tokens: numbers of the rows, int64 (M,), ascending, or (R, A), A of each caption.
     """
 
     def select(rows: Tensor) -> Tensor:

@@ -161,8 +161,7 @@ class MaskVLMNetwork(nn.Module):
         return PackedText(self.text_encoder(tokens, packing), packing)
 
     def check_captions(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> None:
-        """Raise ValueError unless tokens are (T,), cu_seqlens (B+1,), and no caption is longer than the model's texts.
-        """
+        """Raise ValueError unless tokens are (T,), cu_seqlens (B+1,), and no caption is longer than the model's."""
         if tokens.ndim != 1 or cu_seqlens.ndim != 1 or not 0 < max_length <= self.config.text_length:
             raise ValueError(
                 f"tokens, cu_seqlens, max_length: wanted (T,), (B+1,) and at most {self.config.text_length}, "

@@ -47,8 +47,9 @@ class GuardedAdamW(torch.optim.AdamW):
             group["lr"] = group["peak"] * factor
 
     def clip(self, norm: Tensor, limit: float) -> None:
-        """Let the next step clip the gradients to norm `limit`, as torch's `clip_grad_norm_` does. norm: theirs, a
-        scalar.
+        """Let the next step clip the gradients to the norm `limit`, as torch's `clip_grad_norm_` does.
+
+        norm: that of all gradients before clipping, a scalar on the device.
         """
         self.grad_scale = ((norm.float() + 1e-6) / limit).clamp(min=1)
 

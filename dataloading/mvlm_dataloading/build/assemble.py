@@ -76,7 +76,7 @@ _REMEDIES = {
     "image file is missing": "; tables name files relative to the folder of images",
     "no caption": "; the captions of a.jpg are the lines of a.txt beside it, or rows of a table",
 }
-"""What to do about the most frequent reasons for which all samples of a data set are rejected, keyed by the reason."""
+"""Advice for errors, keyed by the most frequent reasons for which all samples of a data set are rejected."""
 
 
 def assemble(assembly: Assembly) -> Counter[str]:

@@ -31,7 +31,7 @@ FILE_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"\x60\x82", b"RI": None}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropGeometry:
-    """How an image is cut and sized: a random crop, or the uncropped image (`random=False`), is resized to a square.
+    """Rule by which an image is cut and resized to a square: a random crop, or the uncropped image (`random=False`).
 
     Field names are hashed into the loader's state. A renamed field would make old states look different.
     """

@@ -84,8 +84,7 @@ class TimmTower(BaseImageEncoder):
         return self.add_output_positions(self.bridge(x).to(x.dtype))
 
     def _pooled(self, x: Tensor) -> Tensor:
-        """Row that stands for the whole image, (B, W): the tower's [CLS], or its own pooling of the last block's rows.
-        """
+        """Row that stands for the whole image, (B, W): the tower's [CLS], or its own pooling of the last block."""
         module = self.module
         if module.cls_token is not None and module.attn_pool is None and isinstance(module.fc_norm, nn.Identity):
             return x[:, 0]
