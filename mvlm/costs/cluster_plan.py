@@ -212,8 +212,8 @@ def parse_count(text: str) -> int:
 def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
     """Bytes of one GPU's memory by what they hold.
 
-    Weights and moments of AdamW are in fp32; Muon has one moment of most. Gradients may be counted twice: as buffers,
-    and in `activations: backward` if they are alive at the peak.
+    Weights and moments of AdamW are in fp32; Muon has one moment of most weights. Gradients may be counted twice: as
+    buffers, and in `activations: backward` if they are alive at the peak.
     """
     ranks = setting.per_node if setting.sharded else 1
     weights, learned = 4 * cost.parameters / ranks, 4 * cost.trained / ranks

@@ -234,7 +234,7 @@ class Notices:
         return PrefixStore(f"notices_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def _post(self, name: str, text: str) -> None:
-        """Write a notice, unless there is one already."""
+        """Write a notice to the store of the ranks, unless one of this name is there already."""
         with contextlib.suppress(dist.DistError):  # the store is gone with its rank; the others find that out too
             self._store.compare_set(name, "", text)
 

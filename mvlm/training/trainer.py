@@ -418,7 +418,7 @@ class Trainer:
         self.writer.save(self.step, self.model, self.tensors(), state | self.extra_state(), self.tokenizer)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of a checkpoint, by its part (model, average, optimizer) and name."""
+        """Tensors of a checkpoint, by part (model, ema, optimizer) and by name."""
         parts = {MODEL: self.model.state_dict()} | ({} if self.average is None else {EMA: self.average.tensors})
         if self.initial_model is not None and self.config.adapted:
             parts = {part: learned(self.model, tensors) for part, tensors in parts.items()}

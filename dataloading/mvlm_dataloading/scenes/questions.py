@@ -160,10 +160,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def make_training_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """The questions of all families with those of `with_presence`, and about as many scenes with relations alone.
+    """Questions of all families for training, with further ones of `with_presence`, and about as many on sides alone.
 
-    A relation's answer is one of 144 nouns. Among 8,000 questions a noun is the answer to 9 on average, with the
-    further ones to 65.
+    The answer to a question on a side is one of 144 nouns. Among 8,000 questions a noun is the answer to 9 on average,
+    with the further ones to 65.
     """
     samples = with_presence(compose(FAMILIES, seed, vocabulary, count), vocabulary)
     return samples + compose({"relation": relation}, f"{seed} further", vocabulary, count)

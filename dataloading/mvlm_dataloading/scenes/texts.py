@@ -112,7 +112,7 @@ PLACES = (
     "on the left", "in the middle", "on the right",
     "at the bottom left", "at the bottom", "at the bottom right",
 )  # fmt: skip
-"""Cells of the grid in words."""
+"""Place of each of the nine cells of the grid in words, by the number of the cell."""
 
 
 def placed(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
@@ -213,7 +213,7 @@ CORNERS = {
     6: "in the bottom left corner",
     8: "in the bottom right corner",
 }
-"""Cells that have a name."""
+"""Number of a cell -> its place in words, for the cells in which hypotheses say that an object is."""
 
 
 def hypotheses_of_a_place(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
