@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _sources() -> dict[str, Any]:
-    """Every registered source, `mvlm data NAME`, as from_NAME."""
+    """Functions from_NAME that return a `Source`, by their names: one for each data source of `mvlm data NAME`."""
     from .sources import all_sources
 
     return {f"from_{name.replace('-', '_')}": function for name, function in all_sources().items()}

@@ -43,9 +43,10 @@ class Batch(_ToDevice):
     (`Loader`, `per_image`). `images` then has I rows and `cu_seqlens` U captions, I and U at most B. None: row b is of
     sample b."""
     caption_of: Tensor | None = None
-    """int64 (B,), the caption of each sample, as `image_of`."""
+    """int64 (B,), the caption of each sample, as its number in `cu_seqlens`; None as for `image_of`."""
     sample_tokens: int = 0
-    """Tokens of the B samples' captions together, with `caption_of`."""
+    """Number of tokens of the B samples' captions, where a shared caption counts once for each sample. Used with
+    `caption_of`."""
     epoch: Tensor | None = None
     """int64 (B,), the epoch of each sample, in a batch of a loader."""
 
@@ -57,9 +58,10 @@ class Batch(_ToDevice):
 
 @dataclass(frozen=True, slots=True)
 class Masks(_ToDevice):
-    """Masked positions, which are replaced and have to be predicted.
+    """Masked positions, whose content is replaced and has to be predicted.
 
-    In a batch that has each image and each caption once, they are those of its I images and U captions.
+    In a batch that has each image and each caption once (`Batch.image_of`), they are those of its I images and U
+    captions.
     """
 
     patch_ids: Tensor

@@ -41,7 +41,10 @@ def clean_captions(captions: Sequence[str], max_bytes: int, max_captions: int | 
 
 
 def clean_line(text: str) -> str:
-    """A text on one line: white space and control characters become single blanks, those of direction are removed."""
+    """A text on one line.
+
+    White space and control characters become single blanks; marks of text direction are removed.
+    """
     return " ".join(_CONTROL.sub(" ", _BIDI.sub("", text)).split())
 
 
@@ -51,27 +54,27 @@ def same_words(text: str) -> str:
 
 
 def first_captions(captions: Iterable[str]) -> list[int]:
-    """Index of the first caption with the same words (`same_words`), for each caption."""
+    """For each caption, the index of the first caption that has the same words (`same_words`), possibly its own."""
     known: dict[str, int] = {}
     return [known.setdefault(same_words(caption), i) for i, caption in enumerate(captions)]
 
 
 class Repeats(NamedTuple):
-    """Captions whose words another image has too, and the R@1 of a perfect model if exact pairs alone were right."""
+    """Captions that several images share, and the R@1 of a perfect model if the exact pair alone counts as right."""
 
     captions: int
     image_to_text: float
-    """Per cent of the images that have a caption of their own: a tie is no success."""
+    """R@1 of images as queries, in per cent: the images with a caption that no other image has. A tie is no success."""
     text_to_image: float
-    """Per cent of the captions that one image alone has."""
+    """R@1 of captions as queries, in per cent: the captions that belong to one image alone."""
 
 
 def repeats(words: "ArrayLike", images: "ArrayLike") -> Repeats:
-    """Count repeated captions.
+    """Count the captions that several images share.
 
     Args:
         words: int (T,), equal for captions of equal words.
-        images: int (T,), image of each caption.
+        images: int (T,), number of each caption's image.
     """
     np = need("numpy")  # `mvlm --help` reads this file, and needs no numpy
     kinds, owned = np.asarray(words), np.asarray(images)

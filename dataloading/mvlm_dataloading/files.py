@@ -85,7 +85,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @contextmanager
 def _folder(path: Path) -> Iterator[int]:
-    """Descriptor of a folder: whatever its path leads to later, names belong to this folder."""
+    """Context with the descriptor of a folder, to open files in it even if its path leads elsewhere later."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield descriptor
@@ -95,7 +95,7 @@ def _folder(path: Path) -> Iterator[int]:
 
 @contextmanager
 def _named(path: Path, aside: Path) -> Iterator[None]:
-    """Context in which errors name the file that the user knows in place of the one written aside."""
+    """Context in which an OSError that names the temporary path `aside` names the user's file `path` instead."""
     try:
         yield
     except OSError as error:
@@ -154,7 +154,7 @@ def write_json(path: Path, value: Any, *, within: Path | None = None) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value with None for each number that is not finite."""
+    """A copy of a JSON value in which each float that is NaN or infinite is None."""
     if isinstance(value, dict):
         return {name: finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -189,7 +189,10 @@ def place_folder(aside: Path, out: Path) -> None:
 
 
 def make_no_older(path: Path, sources: Iterable[Path]) -> None:
-    """Make a file at least as new as its sources, whose times another machine's clock may have put ahead."""
+    """Set the modification time of a file to that of its newest source, if the file is older.
+
+    The clock of another machine may have put a source's time ahead.
+    """
     newest = max((source.stat().st_mtime_ns for source in sources), default=0)
     if newest > path.stat().st_mtime_ns:
         os.utime(path, ns=(newest, newest))

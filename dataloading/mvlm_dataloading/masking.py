@@ -9,9 +9,9 @@ class Masking:
     """Settings of the masks of an image and of its caption. ValueError for a setting that is out of its range."""
 
     patch_size: int = 16
-    """Side of a patch; divides `mask_block`."""
+    """Side of a patch in pixels; divides `mask_block`."""
     mask_block: int = 32
-    """Side of the square blocks of patches that are masked together; divides `image_size`."""
+    """Side in pixels of the square blocks of patches that are masked together; divides `image_size`."""
     image_mask_ratio: float = 0.6
     """Share of an image's blocks to mask, rounded to a whole number of blocks."""
     mim_share: float = 1.0
@@ -49,14 +49,14 @@ class Masking:
             )
 
     def masked_blocks(self, image_size: int) -> int:
-        """Masked blocks of an image: round(ratio * (image_size / mask_block)^2), halves to even.
+        """Number of masked blocks of an image: round(ratio * (image_size / mask_block)^2), halves to even.
 
         With a ratio of 0.6 and blocks of 32 px, 29 of 49 blocks at 224 px and 5 of 9 at 96 px.
         """
         return round(self.image_mask_ratio * (image_size // self.mask_block) ** 2)
 
     def rebuilt_blocks(self, image_size: int) -> int:
-        """Masked blocks of an image that MIM rebuilds."""
+        """Number of masked blocks of an image that MIM rebuilds."""
         return max(1, round(self.mim_share * self.masked_blocks(image_size)))
 
     @property

@@ -61,7 +61,7 @@ def uniforms(purpose: Purpose, seed: int, epoch: Any, sample_ids: Any, count: in
 
 
 def text_hash(text: str | bytes) -> int:
-    """Hash of a text as int64, equal on all machines."""
+    """Hash of a text as a signed 64-bit integer, equal on all machines."""
     # JSON can hold a lone surrogate, which strict UTF-8 cannot encode.
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)

@@ -28,13 +28,13 @@ _TIME = re.compile(rb"(\d{1,3}) mtime=\d+(?:\.\d+)?\n")
 
 
 class DamagedTar(Exception):
-    """A tar with blocks that belong to no member.
+    """Error of a tar with blocks that belong to no member.
 
     Attributes:
         offset: byte from which on the blocks are not accounted for. In a compressed tar, of its unpacked content.
         found: what is there, for messages.
         cut: True if the file ends there, so that nothing follows that could be lost.
-        whole: True if the tar's end was found, and what is damaged is the packing around it.
+        whole: True if the tar's end was found, and only the compression around it is damaged.
     """
 
     def __init__(self, offset: int, found: str, *, cut: bool = False, whole: bool = False) -> None:
@@ -44,14 +44,14 @@ class DamagedTar(Exception):
 
 @dataclass(slots=True)
 class PlainFile:
-    """A regular file in a tar, with the attributes of a `tarfile.TarInfo` that are asked for."""
+    """A regular file in a tar, with those attributes of a `tarfile.TarInfo` that readers here use."""
 
     name: str
     size: int
     offset: int
-    """Place of its first header."""
+    """Byte offset of its first header in the tar."""
     offset_data: int
-    """Place of its content."""
+    """Byte offset of its content in the tar."""
     linkname: str = ""
 
     def isfile(self) -> bool:
@@ -67,14 +67,14 @@ Member = PlainFile | tarfile.TarInfo
 
 
 class TarWalk:
-    """Members of a tar, from the first block to the last.
+    """Iterator over the members of a tar, from the first block to the last.
 
     Args:
-        file: its content, unpacked, at its beginning. It is read in order, and sought forwards alone.
+        file: the tar's content, uncompressed, at its beginning. It is read in order, and only sought forwards.
         most: largest member that `read` is called for, in bytes. It bounds what a header may make this read, too.
 
     Attributes:
-        tar: None before the first member.
+        tar: the open `tarfile.TarFile`; None before the first member.
     """
 
     def __init__(self, file: IO[bytes], most: int) -> None:
@@ -170,9 +170,9 @@ def _has_its_sum(header: re.Match[bytes]) -> bool:
 
 
 class _Blocks:
-    """A file for `tarfile` that remembers what was read last, and whether it ended there.
+    """File object for `tarfile` that remembers the bytes read last and whether the file ended within them.
 
-    Raises DamagedTar where the file's packing is damaged.
+    Raises DamagedTar where the compression of the file is damaged.
     """
 
     def __init__(self, file: IO[bytes], most: int) -> None:
@@ -181,7 +181,7 @@ class _Blocks:
         self._seen, self._seen_at, self._at = b"", 0, 0  # what `peek` has read, its place, and the place of this file
 
     def peek(self, place: int, size: int) -> bytes:
-        """The bytes from `place` on, at most `size`. Those from `place` - 1 on may be read once more."""
+        """Up to `size` bytes from offset `place` on, which can then be read once more, as can the byte before them."""
         begin = place - 1  # as `tarfile` does, to see whether the member before is whole
         if begin != self._seen_at:
             self._seen, self._seen_at = b"", begin

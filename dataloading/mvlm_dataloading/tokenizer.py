@@ -82,8 +82,9 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(self.to_str().encode()).hexdigest()
 
     def _unknown_for(self, special: dict[str, int], origin: str) -> dict[int, int]:
-        """Special token -> the unknown token, where a caption that spells the former's name would be read as it.
+        """Map of special tokens to the unknown token, which replaces them where a text spells a name such as "[MASK]".
 
+        Empty if the tokenizer does not read such names as special tokens, or has no unknown token.
         `encode_special_tokens` prevents that for added tokens. In SentencePiece's models they are ordinary pieces.
         """
         found: set[int] = set()
@@ -99,12 +100,12 @@ class Tokenizer:
         return dict.fromkeys(special.values(), int(unknown))
 
     def _encoded(self, text: str) -> Any:
-        """The package's encoding of a text, without special tokens."""
+        """Encode a text by the package `tokenizers`, without special tokens. Returns its `Encoding`."""
         with _errors_of_the_package(self._origin):
             return self._inner.encode(text, add_special_tokens=False)
 
     def _ids(self, found: Any) -> list[int]:
-        """Tokens of an encoded text, none of them special."""
+        """Token ids of an `Encoding`, with the unknown token in place of special tokens whose names the text spells."""
         ids: list[int] = found.ids
         return [self._in_place_of.get(i, i) for i in ids] if self._in_place_of else ids
 
@@ -121,15 +122,15 @@ class Tokenizer:
         return np.array(tokens, np.int64), np.array([len(row) + 2 for row in rows], np.int64)
 
     def with_own_specials(self, text: str) -> list[int]:
-        """Tokens of a text with the special tokens that the file's own rule adds, if it has one."""
+        """Token ids of a text with the special tokens that the tokenizer.json's own post-processor adds, if any."""
         with _errors_of_the_package(self._origin):
             return self._inner.encode(text).ids
 
     def encode_masked(self, pieces: Sequence[str]) -> list[int]:
-        """Tokens of a text with one mask token between each piece and the next, without [CLS] and [SEP].
+        """Token ids of a text with gaps: `pieces` in order, a mask token between each and the next. No [CLS] and [SEP].
 
-        A tokenizer reads a piece otherwise if it is alone: it then begins a word, where a mask ended one. So a short
-        word stands for each mask, and the mask for its token.
+        A piece that is encoded alone would begin a word, even where the mask before it ended one. So the text is
+        encoded with a short word in each gap, whose token the mask token replaces.
         """
         text, places = pieces[0], []
         for number, piece in enumerate(pieces[1:], 2):
@@ -159,13 +160,13 @@ class Tokenizer:
 
     @functools.cached_property
     def _short_word(self) -> str:
-        """A letter that is a single token as a word of its own, behind a blank."""
+        """A letter that is a single token if it stands as a word behind a blank; "a" if none is."""
         letters = "aeioustnrlmdhcbfgpkwvyjxqz"
         tokens = (self._encoded(f"{letter} {letter}").ids for letter in letters)
         return next((letter for letter, ids in zip(letters, tokens, strict=True) if len(ids) == 2), "a")
 
     def words(self, text: str) -> list[tuple[str, int, int]]:
-        """Words of a text, between blanks, each with the first and the last plus one of its tokens.
+        """Words of a text, separated by white space: (word, index of its first token, index behind its last token).
 
         Tokens are counted from 0 without [CLS], as if the text were not truncated.
         """
@@ -224,9 +225,10 @@ class Tokenizer:
 
 
 def _special_token(inner: Any, kind: str) -> int | None:
-    """Id of a special token of a `tokenizers.Tokenizer`: of one that the file declares, before an ordinary piece.
+    """Id of the special token of a kind, such as "mask", in a `tokenizers.Tokenizer`; None if there is none.
 
-    MPNet's vocabulary has <s>, and [CLS] as a piece that BERT's had.
+    A token that the file declares as special comes before an ordinary piece of that name. MPNet's vocabulary has <s>,
+    and [CLS] as a piece that BERT's had.
     """
     found = [i for i in map(inner.token_to_id, _NAMES[kind]) if i is not None]
     declared = inner.get_added_tokens_decoder()

@@ -171,9 +171,9 @@ def regular_lines(path: Path, kind: str, *, within: Path | None = None) -> Itera
 
 
 def parse_json(text: str | bytes, *, half_characters: bool = False) -> Any:
-    """The value of a JSON document, whose numbers are finite and whose texts are Unicode.
+    """Parse a JSON document whose numbers have to be finite and whose texts have to be Unicode.
 
-    ValueError, with a reason of a few words, for others. `half_characters` lets lone UTF-16 surrogates pass.
+    ValueError, with a reason of a few words, for others. half_characters: let lone UTF-16 surrogates pass.
     """
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)

@@ -18,18 +18,18 @@ _ONE_SLASH = re.compile(r"\b(s3|gs|hf|https?):/(?=[^/\s])")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9]+:/")
 _HOST = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?")
 _BUCKET = {"s3": 3, "gs": 3, "hf": 1}
-"""Least number of characters of the first part of a path, behind the scheme."""
+"""Least number of characters of a bucket's name, the first part of the path, by scheme."""
 _WORD = re.compile(r"(--[\w.-]+=)?(\S+)")
 _IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,20}:/+)(?:[^\s/?#'\"<>]*@)?([^\s?'\"`<>]*)(?:\?[^\s'\"`<>]*)?")
 _SHORTEST = 6
 """A shorter password or signature is not looked for by itself in texts: any text may hold it by chance."""
 _LONGEST = 500
-"""Characters of a text of other packages or servers in a message."""
+"""Most characters of a text of another package or server that a message shows."""
 _READ = 10_000
 """Characters that are looked at of such a text."""
 
 _kept: dict[str, tuple[str, str]] = {}
-"""URL without credentials -> what stands in front of the host, with its @; the query, with its ?."""
+"""URL without credentials -> (user and password with the @ behind them, query with the ? before it)."""
 
 
 def is_remote(place: Path | str) -> bool:
@@ -86,12 +86,12 @@ def _malformed(scheme: str) -> DataError:
 
 
 def intact(text: object) -> str:
-    """A text with both slashes in its URLs, of which a `Path` keeps one, as in s3:/bucket."""
+    """Restore the slashes of URLs in a text: s3:/bucket, which a `Path` makes of s3://bucket, becomes s3://bucket."""
     return _ONE_SLASH.sub(r"\1://", str(text))
 
 
 def require_local(place: Path) -> None:
-    """Raise DataError if a file or folder is given by a URL, where none is read."""
+    """Raise DataError if `place` is a URL, for files and folders that are read from a disk alone."""
     if _SCHEME.match(str(place)):
         raise DataError(
             f"{intact(place)}: wanted a folder on this machine, found a URL, which this command does not read; "
@@ -100,13 +100,16 @@ def require_local(place: Path) -> None:
 
 
 def with_credentials(place: Path | str) -> str:
-    """A URL of `normal_url` as it was given last, with user, password and query. Any other word as it is."""
+    """The URL as it was last given to `normal_url`, with user, password and query.
+
+    Other words are returned unchanged.
+    """
     before, after = _kept.get(str(place), ("", ""))
     return re.sub("(?<=://)", lambda _: before, str(place), count=1) + after
 
 
 def without_credentials(word: str) -> str:
-    """A word of a command line, such as `--data=URL`; a URL with credentials becomes that of `normal_url`.
+    """Remove user, password and query from the URL in a word of a command line, such as `--data=URL`.
 
     DataError for a URL without a host or bucket.
     """
@@ -127,7 +130,7 @@ def shown(text: object) -> str:
 
 
 def hidden(text: str) -> str:
-    """A text without the users, passwords and queries of its URLs. It may have several lines."""
+    """Remove users, passwords and queries from all URLs in a text, and known passwords and signatures from the rest."""
     text = _IN_TEXT.sub(r"\1\2", text)
     for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, "...")

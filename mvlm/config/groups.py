@@ -36,17 +36,18 @@ from mvlm_dataloading.urls import intact, is_remote, normal_url, shown
 Kind = TypeVar("Kind", bound=type)
 Learning = Literal["full", "lora", "frozen"]
 _RESUME_MAY_CHANGE: dict[type, bool] = {}
-"""The groups, and whether a resumed run may change their settings."""
+"""For each group of settings, whether a resumed run may change them."""
 _WAYS: set[type] = set()
 """Groups that say how steps are computed."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(*, resume_may_change: bool, way: bool = False) -> Callable[[Kind], Kind]:
-    """Decorator that makes a class a group of settings, a frozen dataclass with keywords only.
+    """Decorator that makes a class a group of settings: a frozen dataclass with keyword arguments only.
 
     Args:
-        way: the settings say how steps are computed. They change results by rounding alone.
+        resume_may_change: True if a resumed run may change the settings.
+        way: True if the settings say how steps are computed, which changes results by rounding alone.
     """
 
     def make(kind: Kind) -> Kind:
@@ -70,12 +71,12 @@ def resume_may_change(name: str) -> bool:
 
 
 def of_recipe(name: str) -> bool:
-    """True if a setting is part of a run's recipe: a resumed run may not change it, or it says how to compute."""
+    """True if a setting is in a run's recipe: a resumed run may not change it, or it says how steps are computed."""
     return not resume_may_change(name) or any(name in group.__annotations__ for group in _WAYS)
 
 
 def way_of(config: "RunConfig") -> dict[str, Any]:
-    """Settings that say how the steps of a run are computed, by name, plain values for JSON."""
+    """Settings that say how the steps of a run are computed: name -> plain value for JSON."""
     names = [name for group in groups_of(type(config)) if group in _WAYS for name in group.__annotations__]
     return {name: getattr(config, name) for name in names}
 
@@ -336,7 +337,7 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
 
     @property
     def fixed_shapes(self) -> bool:
-        """True if a step sees few shapes, and its number as a tensor."""
+        """True if steps need few different shapes, and the step's number as a tensor: a captured or compiled step."""
         return False
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,14 +22,14 @@ FORMAT_VERSION = 3
 
 
 class Removed(NamedTuple):
-    """A setting that earlier versions had."""
+    """A setting that earlier versions had and this one has not."""
 
     default: Any
     """Default of the setting in those versions, as in JSON."""
     last: str
     """The last version that had it."""
     free: bool = False
-    """True if a resumed run could change it. A file may then have any value."""
+    """True if a resumed run could change it. A file is then read whatever value it has."""
 
 
 REMOVED = {
@@ -58,17 +58,19 @@ REMOVED = {
 """Settings that are gone, by name; those of the model begin with `model.`. A file that has one at its default is read
 without it. At another value it is refused, if the run or the model would be another one."""
 SERVICES = ("wandb", "trackio")
-"""Settings of earlier versions, yes or no, that are values of `log_to`."""
+"""Boolean settings of earlier versions that have become values of `log_to`."""
 CAPTURES = {"compile": "compile", "cuda_graphs": "cuda-graphs"}
-"""Settings of earlier versions, yes or no and not both yes, and the value of `capture` that each is."""
+"""Boolean settings of earlier versions, at most one of which was true, and the value of `capture` that replaces each.
+"""
 _PRETRAINING = {f.name: f.default for f in fields(PretrainConfig) if f.name not in FinetuneConfig.__dataclass_fields__}
 _NOT_OF_TASKS = _PRETRAINING | {"lr_pixels": 0.0, "compile": False, "cuda_graphs": False}
 """Settings that the config.json of a fine-tuning run had, always with these values, although nothing read them."""
 _FROZEN = {"none": (), "encoders": ("image", "text"), "all": ("image", "text", "cross")}
-"""Values of the setting `freeze` of earlier versions, and the parts of the model that each froze."""
+"""Values of the setting `freeze` of earlier versions -> the parts of the model that it froze."""
 _KEPT = Removed(object(), "")
 _DECODER = Removed("decoder", "0.2.0")
-"""The form of vqa that was the default of `answers`. Other tasks do not read that setting."""
+"""Value of `answers` that was its default in earlier versions, for another form of vqa. Other tasks do not read the
+setting."""
 
 
 def model_config(values: Any, where: str) -> MaskVLMConfig:
@@ -117,11 +119,13 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`values` without the settings that are gone and have their default; `prefix` is `model.` for those of a model.
+    """A copy of `values`, settings of an older file, without those that are gone and have their default.
 
-    Settings of fine-tuning, which name a `task`, also lose those of pretraining alone that such runs had, and never
-    read. `wandb` and `trackio` become `log_to`; `compile` and `cuda_graphs` become `capture`, `freeze` becomes
-    `train_image` and so on. Partners masked by the ratios of the masks themselves are `mask_partner`.
+    Settings of fine-tuning, which name a `task`, also lose those of pretraining that such files had and nothing read.
+    `wandb` and `trackio` become `log_to`; `compile` and `cuda_graphs` become `capture`; `freeze` becomes `train_image`
+    and so on. A partner that was masked by the same ratio as the masks becomes `mask_partner`.
+
+    prefix: `model.` if these are the settings of a model, else empty.
     """
     if not prefix and isinstance(values.get("freeze"), str) and values["freeze"] in _FROZEN:
         values = dict(values)
@@ -146,7 +150,10 @@ def without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_removed(values: dict[str, Any], where: str, prefix: str = "") -> None:
-    """Raise ConfigError for a setting that is gone, in values of `without_removed`; `where` names their file."""
+    """Raise ConfigError for a setting that is gone. where: name of the file, for the message.
+
+    values: as `without_removed` returns them.
+    """
     for name, value in values.items():
         if (gone := REMOVED.get(f"{prefix}{name}")) is not None:
             raise ConfigError(
@@ -188,7 +195,14 @@ def task_options(values: dict[str, Any], task: str, where: str) -> TaskOptions:
 
 
 def _from_json(kind: type, values: Any, where: str, what: str, prefix: str = "") -> Any:
-    """Make a dataclass from the values of a JSON file, each checked against the type of its field."""
+    """Make a dataclass of settings from the values of a JSON file, each checked against the type of its field.
+
+    Args:
+        kind: the dataclass.
+        where: name of the file, for errors.
+        what: noun for one of its fields, for errors.
+        prefix: as for `without_removed`.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: wanted the {what}s as a JSON object, got {values!r}")
     values, types = without_removed(values, prefix), get_type_hints(kind)
@@ -207,7 +221,7 @@ def _from_json(kind: type, values: Any, where: str, what: str, prefix: str = "")
 
 
 def _meant(name: str, kind: type) -> str:
-    """A hint for the unknown setting `name` of a dataclass: the nearest name, or where else it is a setting."""
+    """Hint for an unknown setting of a dataclass, in messages: the nearest known name, or where it belongs."""
     known = {f.name: f.name for f in fields(kind)}
     if "model" in known:
         known = {f.name: f"model.{f.name}" for f in fields(MaskVLMConfig)} | known
@@ -245,12 +259,12 @@ def _checked(wanted: Any, value: Any, where: str) -> Any:
 
 
 def config_json(config: RunConfig) -> dict[str, Any]:
-    """The contents of a run's config.json."""
+    """Contents of a run's config.json: its settings and the version of the format."""
     return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
 
 
 def with_defaults(values: dict[str, Any], kind: type[RunConfig]) -> dict[str, Any]:
-    """Values of a config.json, and the defaults of settings that it lacks: they are newer than the file."""
+    """Values of a config.json, with the defaults of settings that are newer than the file and missing in it."""
     model = values.get("model")
     complete = _defaults(kind) | values
     return complete | {"model": _defaults(MaskVLMConfig) | model} if isinstance(model, dict) else complete

@@ -126,7 +126,7 @@ class MaskVLMConfig(Masking):
 
     @property
     def hides_by_dropping(self) -> bool:
-        """True if the image encoder sees masked images without their masked patches; mask tokens come after it."""
+        """True if the image encoder sees only the visible patches of a masked image; mask tokens come after it."""
         return self.drop_masked or (self.mim_rows == "masked" and not self.image_tower)
 
     @property
@@ -172,7 +172,7 @@ class MaskVLMConfig(Masking):
     def loader_options(self, train: bool = True) -> dict[str, Any]:
         """Arguments of `mvlm_dataloading.Loader` that follow from the model: its sizes and its masking.
 
-        Without `train`, that of evaluations, which mask tokens in place of words, so that figures compare.
+        train: False for evaluations, which always mask single tokens, not words, so that their figures compare.
         """
         masking = self.masking if train else replace(self.masking, whole_word_masking=False)
         return {"image_size": self.image_size, "text_length": self.text_length, "masking": masking}

@@ -70,12 +70,12 @@ _LAION_400M = {
 
 
 class Recipe(NamedTuple):
-    """Recipe of pretraining: a model, settings of the run, and the size of data that it is for."""
+    """Recipe of pretraining: a preset of the model, settings of the run, and the number of pairs that it suits."""
 
     model: str
     """Preset of the model."""
     settings: dict[str, Any]
-    """Settings of a run that are not their defaults, or have none."""
+    """Settings of a run that differ from their defaults, or have none."""
     most_pairs: float = 0
     """Most training pairs for which it is suggested; 0 for never."""
 
@@ -100,7 +100,7 @@ def recipe_of(preset: str) -> Recipe:
 
 
 def suggested_preset(pairs: int) -> str:
-    """The preset for a number of training pairs."""
+    """Name of the preset that suits a number of training pairs."""
     return next(name for name, recipe in RECIPES.items() if pairs <= recipe.most_pairs)
 
 
@@ -109,7 +109,7 @@ STARTS = {
     "text": ("text_weights", "text_tower", "initial_model"),
     "cross": ("initial_model",),
 }
-"""Settings that name weights to start from, for each part of the model."""
+"""For each part of the model, the settings that name pretrained weights for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,5 +199,5 @@ class PretrainConfig(
 
     @property
     def fixed_shapes(self) -> bool:
-        """True if a step sees few shapes, and its number as a tensor: compiled, or in CUDA graphs."""
+        """True if steps need few different shapes, and the step's number as a tensor: `capture` is not none."""
         return self.capture != "none"

@@ -36,15 +36,15 @@ FRACTION = Range(0, 1)
 DECAY = Range(0, 1, exclude_high=True)
 """Decay of a moving average. 1 would never forget its start."""
 NO_FLAG = "no flag"
-"""Marks a setting that Python and a config.json set, and no flag."""
+"""Marker for a setting that has no flag on the command line. Python or a config.json sets it."""
 COMPARES = "compares"
-"""Marks the weight of an objective that compares the pairs of a batch, and needs two of them."""
+"""Marker for the weight of an objective that compares the pairs of a batch, and needs two of them."""
 
 
 _FLOATS = Range(-1e150, 1e150)
-"""Floats that a setting without a highest value may have. Their squares are finite, such as that of an image's side."""
+"""Range of floats whose setting states no highest value. Their squares are finite, such as that of an image's side."""
 _INTEGERS = Range(-(2**63), 2**63 - 1)
-"""Integers that a setting without a highest value may have: those of a tensor of int64."""
+"""Range of integers whose setting states no highest value: the values of int64."""
 TORCH_SEED = Range(-(2**63), 2**64 - 1)
 """Seeds that torch's generators take."""
 
@@ -77,7 +77,10 @@ def check_values(config: Any) -> None:
 
 
 def _check_type(name: str, wanted: Any, value: Any) -> None:
-    """Check what Python's callers may mistype. Command lines and JSON files are checked in full when they are read."""
+    """Raise ConfigError for a value of a wrong type, of those that callers in Python may mistype.
+
+    Command lines and JSON files are checked in full when they are read.
+    """
     choices = get_args(wanted)
     if type(None) in choices:  # int | None
         if value is None:

@@ -24,7 +24,7 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A GPU's memory, and its links in the node that it usually comes in."""
+    """Memory of a GPU, its speed in fp32, and its links in the kind of node that it usually comes in."""
 
     memory: float
     """Bytes of a GPU's memory."""
@@ -54,7 +54,7 @@ NODES = {
 
 
 class Protocol(NamedTuple):
-    """Seconds of one of NCCL's protocols, which trades bandwidth for latency."""
+    """Times of one of NCCL's protocols, each of which trades bandwidth for latency otherwise."""
 
     bandwidth: float
     """Share of a link's bandwidth that the protocol uses, 0 to 1."""
@@ -79,11 +79,11 @@ BUCKET = 25 << 20
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind and size."""
+    """Collective operations of one kind and size in a training step."""
 
     kind: Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
     label: str
-    """Content of the messages, such as gradients."""
+    """Name for what the messages carry, such as gradients."""
     size: float
     """Bytes of one call: one rank's part in an all-gather or a reduce-scatter, all rows that arrive in an all-to-all,
     or the whole tensor of an all-reduce."""
@@ -117,7 +117,7 @@ class ClusterSetting:
     sharded: bool = False
     """True for FSDP2, False for DDP."""
     graphs: bool = False
-    """Steps are replayed from CUDA graphs."""
+    """True if steps are replayed from CUDA graphs."""
     parts: PartSettings = FULL
     """Learning of each part of the model: all weights, none, or adapters. All weights with FSDP2."""
     mfu: float = 0.4
@@ -137,7 +137,7 @@ class ClusterSetting:
 
     @property
     def shape(self) -> StepShape:
-        """The step of one GPU. ConfigError if the batch does not divide evenly among GPUs and microbatches."""
+        """Sizes of the step of one GPU. ConfigError if the batch does not divide evenly among GPUs and microbatches."""
         parts = self.ranks * self.accumulate
         if self.batch_size % parts:
             raise ConfigError(
@@ -157,11 +157,11 @@ class ClusterSetting:
 
     @property
     def between_nodes(self) -> float:
-        """Bytes per second, each way, from a GPU to other nodes."""
+        """Bytes per second, each way, from a GPU to other nodes: `inter_node`, or else the data sheet's."""
         return self.inter_node or NODES[self.gpu].inter_node
 
     def seconds(self, moved: Collective) -> float:
-        """Seconds of a collective on the network."""
+        """Seconds per step that collectives of one kind and size take on the network, by rings or trees."""
         if moved.ranks == 1:
             return 0.0
         intra_node = NODES[self.gpu].intra_node
@@ -210,9 +210,10 @@ def parse_count(text: str) -> int:
 
 
 def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
-    """Bytes of one GPU by part. Weights and moments of AdamW are in fp32; Muon has one moment of most weights.
+    """Bytes of one GPU's memory by what they hold.
 
-    Gradients may be counted twice: as buffers, and in `activations: backward` if they are alive at the peak.
+    Weights and moments of AdamW are in fp32; Muon has one moment of most weights. Gradients may be counted twice: as
+    buffers, and in `activations: backward` if they are alive at the peak.
     """
     ranks = setting.per_node if setting.sharded else 1
     weights, learned = 4 * cost.parameters / ranks, 4 * cost.trained / ranks
@@ -229,9 +230,10 @@ def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
 
 
 def collectives(setting: ClusterSetting, trained: int) -> list[Collective]:
-    """Collectives of one GPU's step, in bf16 where features and embeddings travel; all pairs are equally likely drawn.
+    """Collectives of one GPU's step. Features and embeddings travel in bf16.
 
-    Of gradients, the last of the list are those that are reduced last.
+    Every pair is equally likely drawn as a negative. The last of the list are the gradients that are reduced last.
+    trained: number of parameters that learn.
     """
     model, ranks, repeats, pairs = setting.model, setting.ranks, setting.accumulate, setting.pairs
     own, width = repeats * pairs, model.width
@@ -266,13 +268,16 @@ def _columns(setting: ClusterSetting) -> list[Collective]:
 
 
 def _replicated(setting: ClusterSetting, trained: int) -> list[Collective]:
-    """Gradients with DDP, in buckets of mean size. Tokens' embedding and the LM head have one each."""
+    """All-reduces of gradients with DDP, as buckets of their mean size.
+
+    The embedding of tokens and the LM head fill a bucket each. trained: number of parameters that learn.
+    """
     buckets = 2 + max(0, math.ceil(4 * (trained - 2 * setting.model.vocab_size * setting.model.width) / BUCKET))
     return [Collective("all-reduce", "gradients", 4 * trained / buckets, setting.ranks, buckets)]
 
 
 def _sharded(setting: ClusterSetting, parameters: int) -> list[Collective]:
-    """Parameters and gradients with FSDP2: sharded in a node, a block at a time, and replicated on every node.
+    """Collectives of parameters and gradients with FSDP2: blocks are sharded in a node, and copied on every node.
 
     A block's parameters are gathered, in bf16, for each of its calls and again for each backward pass. Both losses that
     use a cross block call it twice, once for its keys and values. The other parameters, and gradients, are in fp32.
@@ -302,16 +307,16 @@ def _sharded(setting: ClusterSetting, parameters: int) -> list[Collective]:
 
 
 class PlannedStep(NamedTuple):
-    """Seconds of one training step, by the work that takes them."""
+    """Planned seconds of one training step, by the work that takes them."""
 
     forward: float
     backward: float
     logits: float
     """Seconds of ITC's logits and of the draws from them, which grow with the global batch and overlap with nothing."""
     network: dict[str, float]
-    """Seconds of all collectives, by what they carry."""
+    """Seconds of all collectives, by `Collective.label`."""
     waiting: dict[str, float]
-    """Seconds of the collectives that no computation hides, by what they carry, the largest first."""
+    """Seconds of the collectives that no computation hides, by `Collective.label`, the largest first."""
 
     @property
     def step(self) -> float:
@@ -320,7 +325,7 @@ class PlannedStep(NamedTuple):
 
     @property
     def computing(self) -> float:
-        """Part of the step, 0 to 1, that is forward and backward: neither waiting nor ITC's logits."""
+        """Fraction of the step, 0 to 1, in which forward and backward passes run: neither waiting nor ITC's logits."""
         return (self.forward + self.backward) / self.step
 
 
@@ -333,12 +338,15 @@ OVERLAP = {
     "gradients": 0.4,
     "parameters": 1.0,
 }
-"""Part of forward and backward beside which collectives run, by what they carry: in the FLOPs of `base`, those of MLM
-for embeddings, of MIM for features, of the encoders' backward pass for gradients."""
+"""Fraction of forward and backward during which collectives can run, by `Collective.label`: in the FLOPs of `base`,
+those of MLM for embeddings, of MIM for features, of the encoders' backward pass for gradients."""
 
 
 def planned_step(setting: ClusterSetting, cost: StepCost) -> PlannedStep:
-    """Seconds of one step. `cost` may be of another number of GPUs with as many pairs on each."""
+    """Plan the seconds of one step.
+
+    cost: of one GPU's step. It may have been counted for another number of GPUs with as many pairs on each.
+    """
     gpu = GPUS[setting.gpu]
     forward, backward = (flops / (gpu.flops * setting.mfu) for flops in (cost.forward, cost.backward))
     repeats = setting.accumulate
@@ -362,7 +370,7 @@ def planned_step(setting: ClusterSetting, cost: StepCost) -> PlannedStep:
 
 
 def _logit_seconds(setting: ClusterSetting) -> float:
-    """Work on ITC's logits and on the draws from them: products in fp32, and traffic of memory."""
+    """Seconds of the work on ITC's logits and on the draws from them: matrix products in fp32, and memory traffic."""
     own, every, width = setting.batch_size // setting.ranks, setting.batch_size, setting.model.itc_width
     # Counted by `python -m mvlm_benchmarks.kernels.contrastive`: products, values that move for each logit, and how
     # often a product reads or writes a value of the width.
@@ -377,13 +385,16 @@ def in_blocks(setting: ClusterSetting) -> bool:
 
 
 def most_logits(setting: ClusterSetting) -> int:
-    """Bound of ITC's logits in memory at a time. One GPU without microbatches makes no blocks of them."""
+    """Most logits of ITC in memory at a time. One GPU without microbatches holds all of them."""
     alone = setting.ranks == setting.accumulate == 1
     return max(MAX_LOGITS, setting.batch_size**2 if alone else 0)
 
 
 def scaling(setting: ClusterSetting, cost: StepCost, most: int = 4096) -> list[tuple[ClusterSetting, PlannedStep]]:
-    """Weak scaling over doubling numbers of nodes, to `most` GPUs: the pairs of a GPU stay constant."""
+    """Plans of steps for 1, 2, 4, ... nodes, up to `most` GPUs, with as many pairs on each GPU as now (weak scaling).
+
+    cost: of one GPU's step.
+    """
     rows, nodes, own = [], 1, setting.batch_size // setting.nodes
     while setting.per_node * nodes <= most:
         row = replace(setting, nodes=nodes, batch_size=own * nodes)
@@ -393,11 +404,11 @@ def scaling(setting: ClusterSetting, cost: StepCost, most: int = 4096) -> list[t
 
 
 def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate: float = 0.0) -> str:
-    """Format the plan as text.
+    """Format the plan of a run as text.
 
     Args:
-        pairs: pairs of the data set.
-        epochs: passes over it.
+        pairs: number of pairs of the data set.
+        epochs: passes over the data set.
         loader_rate: measured pairs per second of one node's loader; 0 for not measured.
     """
     cost = step_cost(setting.model, setting.shape)
@@ -458,7 +469,7 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
 
 
 def memory_table(setting: ClusterSetting, cost: StepCost) -> list[str]:
-    """Memory of one GPU by part, and whether it fits."""
+    """Lines of text: memory of one GPU by what it holds, and whether it fits."""
     parts, room = gpu_memory(setting, cost), NODES[setting.gpu].memory
     total = sum(parts.values())
     way_out = "a smaller batch, or no graphs" if setting.graphs else "more microbatches or checkpointed activations"

@@ -18,9 +18,9 @@ from mvlm.model.packing import PackedText, Packing, round_up_length
 from mvlm_kernels.hardware import GPUS
 
 SAMPLES, PAIRS = 64, 256
-"""Images or captions of a batch, and pairs of a batch, on which FLOPs are counted."""
+"""Sizes of the batches on which FLOPs are counted: images or captions, and pairs."""
 DRAWS = 4
-"""Number of masks drawn for each image, for cross-modal gain."""
+"""Number of random masks for each image in the measurement of cross-modal gain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,19 @@ class EvaluationCost:
     caption: int
     """FLOPs of encoding a caption."""
     pair: int
-    """FLOPs of ITM's score of a pair, with its share of the keys and values that pairs have in common."""
+    """FLOPs of ITM's score of a pair. Keys and values that pairs have in common are shared among them."""
     reconstruction: int
-    """FLOPs of an image's reconstructions, for cross-modal gain."""
+    """FLOPs of all reconstructions of an image in the measurement of cross-modal gain."""
 
 
 @torch.no_grad()
 def evaluation_cost(config: MaskVLMConfig, pairs_of_an_image: float, tokens: int = TOKENS) -> EvaluationCost:
-    """Count the parts of an evaluation, for bf16 and captions of so many tokens."""
+    """Count the FLOPs of the parts of an evaluation in bf16.
+
+    Args:
+        pairs_of_an_image: mean number of captions that ITM scores with an image.
+        tokens: number of tokens of each caption.
+    """
     with torch.device("meta"):
         model = MaskVLM(config)
     model.set_attention("sdpa", "sdpa")
@@ -76,7 +81,10 @@ def _captions(config: MaskVLMConfig, number: int, tokens: int) -> PackedText:
 
 
 def format_evaluation(setting: ClusterSetting, images: int, captions: int, candidates: int) -> str:
-    """The plan of an evaluation on the cluster as lines of text. ITM re-ranks `candidates` rows for each query."""
+    """Lines of text that plan an evaluation on the cluster: pairs, FLOPs and time.
+
+    candidates: number of items that ITM re-ranks for each query.
+    """
     # If none is a candidate in both directions.
     pairs = images * min(candidates, captions) + captions * min(candidates, images)
     cost = evaluation_cost(setting.model, pairs / images, min(TOKENS, setting.model.text_length))

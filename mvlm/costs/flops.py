@@ -18,7 +18,7 @@ aten, ours = torch.ops.aten, torch.ops.mvlm_kernels
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """SDPA forward: q (B, H, Lq, D), k (B, H, Lk, D), v (B, H, Lk, Dv)."""
+    """FLOPs of the forward pass of SDPA: q (B, H, Lq, D), k (B, H, Lk, D), v (B, H, Lk, Dv)."""
     return 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
@@ -27,7 +27,7 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, *
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, *sides: Any, out_val: Any = None) -> int:
-    """Forward of mvlm_kernels.cross_attention, padded or packed, from its operator's arguments.
+    """FLOPs of the forward pass of `mvlm_kernels.cross_attention`, padded or packed, from its operator's arguments.
 
     Exact if at most one side is packed. If both are, every key sequence counts with the longest length, because lengths
     are values on the device. Padding keys count too.
@@ -43,9 +43,10 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, *sides: Any, out_val: Any =
 
 
 def cross_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None) -> int:
-    """Backward of cross_attention: dP once, then one product for dQ and two for dK and dV.
+    """FLOPs of the backward pass of `mvlm_kernels.cross_attention`, by which inputs need a gradient.
 
-    Four products for all gradients, three for dK and dV without dQ, two for only dQ.
+    Four products for all gradients, three for dK and dV without dQ, two for only dQ: dP once, one for dQ, two for dK
+    and dV.
     """
     *sides, need_dq, need_dkv = rest[2:]
     products = 1 + need_dq + 2 * need_dkv if need_dq or need_dkv else 0
@@ -53,12 +54,12 @@ def cross_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *res
 
 
 def linear_with_bias(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    """oneDNN's product of x (.., C) and weight (D, C) that adds a bias to its sums, as the ops use it in bf16."""
+    """FLOPs of oneDNN's linear layer with bias, as the ops use it in bf16: x (.., C), weight (D, C)."""
     return 2 * x.numel() * weight.shape[0]
 
 
 def contrastive_terms(image: Tensor, text: Tensor, *_: Any, **__: Any) -> int:
-    """One product of image (n, E) and text (G, E). Backward has two, for their gradients."""
+    """FLOPs of the logits of image (n, E) and text (G, E): one product. Backward has two, for their gradients."""
     return 2 * image.numel() * text.shape[0]
 
 
@@ -69,7 +70,7 @@ def contrastive_terms_backward(
 
 
 class _Raw:
-    """A formula that takes the operator's arguments themselves. torch's counter passes shapes to a plain function."""
+    """FLOP formula that takes an operator's own arguments. torch's counter passes only shapes to a plain function."""
 
     _get_raw = True  # read by torch's counter
 

@@ -23,7 +23,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class ModelFlopsUtilization:
-    """MFU of a run.
+    """Model FLOPs utilization of a run, from its measured speed.
 
     FLOPs are those of the fast implementation, forward and backward, counted once (`mvlm.costs.step_cost`) for captions
     of the run's mean length. Recomputation by activation checkpointing is not counted.
@@ -34,7 +34,7 @@ class ModelFlopsUtilization:
         # The count is that of a pretraining step. A task's step is another one.
         self._peak = peak_flops(world.device) if isinstance(config, PretrainConfig) else None
         self._flops: float | None = None
-        """FLOPs of one pair."""
+        """FLOPs of one pair, forward and backward; None until they are counted."""
 
     def of_rate(self, pairs_per_s: float, tokens: float) -> float | None:
         """MFU from pairs of the global batch a second and the mean number of tokens of a caption.
@@ -49,13 +49,16 @@ class ModelFlopsUtilization:
 
 
 def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> float:
-    """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens."""
+    """Count the FLOPs of one pair in a training step, forward and backward.
+
+    tokens: mean number of tokens of a caption.
+    """
     pairs = config.batch_size // (ranks * config.accumulate)
     return step_flops(config.model, pairs, max(3, round(tokens)), objectives_of(config), part_settings(config)) / pairs
 
 
 def part_settings(config: PretrainConfig) -> PartSettings:
-    """Settings of a run that say what each part of the model learns."""
+    """The settings of a run that say how each part of the model learns."""
     return PartSettings(**{field.name: getattr(config, field.name) for field in fields(PartSettings)})
 
 
@@ -63,7 +66,10 @@ def part_settings(config: PretrainConfig) -> PartSettings:
 def step_flops(
     model: MaskVLMConfig, pairs: int, tokens: int, objectives: tuple[Objective, ...], parts: PartSettings
 ) -> int:
-    """FLOPs of a step of one rank, forward and backward, with captions of so many tokens."""
+    """FLOPs of one rank's training step, forward and backward.
+
+    pairs: number of pairs. tokens: number of tokens of each caption.
+    """
     from mvlm.costs.step_cost import StepShape, step_cost  # slow to import, and only needed if the peak is known
 
     # gpu=False leaves out the padding rows that a GPU computes for captions: useful FLOPs only.

@@ -70,7 +70,7 @@ CPU = torch.device("cpu")
 # Not torch's FlopCounterMode: its module hooks keep the graphs of checkpointed blocks alive, which adds memory.
 COUNTED: dict[Any, Any] = {**flop_registry, **FORMULAS}
 TOKENS, LONGEST = 12, 30
-"""Tokens of a caption that plans assume: the mean, and of the longest of a batch."""
+"""Numbers of tokens that plans assume: of a caption in the mean, and of the longest caption of a batch."""
 BETWEEN_BLOCKS, BACKWARD = "between blocks", "backward"
 
 
@@ -89,7 +89,7 @@ class StepShape:
     checkpointed: bool = False
     bf16: bool = True
     gpu: bool = True
-    """Dtypes and shapes of a GPU's step: LayerNorm in fp32, and padding to sizes that the host knows."""
+    """True for a GPU's step: LayerNorm in fp32, and tensors padded to sizes that the host knows."""
     sharded: bool = False
     """True if parameters are gathered a block at a time, by FSDP2, and have no copies in bf16."""
     parts: PartSettings = FULL
@@ -111,25 +111,26 @@ class StepCost:
     peak: int
     """Peak bytes of the tensors that the step made, gradients included."""
     parts: dict[str, int]
-    """Bytes at the peak by origin: blocks of a part of the model, code between blocks, or a backward pass."""
+    """Bytes at the peak by where they were allocated: in blocks of a part of the model, between blocks, in a backward
+    pass."""
     copies: int = 0
     """Bytes of the copies of weights in bf16 (`mvlm.model.shadow_weights`), which `peak` leaves out."""
 
     @property
     def sizes(self) -> str:
-        """Numbers of parameters in words."""
+        """Numbers of parameters in words, for a plan."""
         learning = "" if self.trained == self.parameters else f", of which {self.trained / 1e6:.1f} M learn"
         return f"{self.parameters / 1e6:.1f} M parameters{learning}"
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts FLOPs, and the bytes of every storage by the part of the model whose block made it."""
+    """Counts the FLOPs of a step, and the bytes of its tensors by the part of the model whose block allocated them."""
 
     def __init__(self, drawn_tokens: int) -> None:
         super().__init__()
         self._drawn_tokens = drawn_tokens
         self._running: list[str] = []
-        """Child of the model of each block that is running, outermost first."""
+        """Names of the model's direct children whose blocks are running, outermost first."""
         self._known: set[int] = set()
         """Ids of storages that are counted or ignored."""
         self._ignored: list[torch.UntypedStorage] = []
@@ -142,7 +143,7 @@ class MemoryTracker(TorchDispatchMode):
         self.parts: dict[str, int] = {}
 
     def track_blocks(self, model: nn.Module) -> None:
-        """Attribute storages to the block that is running when they are made."""
+        """Attribute each tensor storage to the block of the model that is running when it is allocated."""
         for name, module in named_blocks(model):
             child = name.removeprefix("model.").split(".")[0]  # a task has the network as its `model`
             module.register_forward_pre_hook(lambda *_, child=child: self._running.append(child))
@@ -152,7 +153,7 @@ class MemoryTracker(TorchDispatchMode):
         self._running.pop()
 
     def ignore(self, tensors: Any) -> None:
-        """Leave out the storages of these tensors, which exist before the step."""
+        """Do not count the storages of these tensors, which exist before the step."""
         self._ignored = [tensor.untyped_storage() for tensor in tensors]  # kept, so that no other gets an equal id
         self._known = {id(storage) for storage in self._ignored}
 
@@ -194,7 +195,7 @@ def _in_backward() -> bool:
 
 
 class GpuLayerNorm(TorchFunctionMode):
-    """LayerNorm in fp32, as in CUDA's autocast. The CPU's autocast leaves it in bf16."""
+    """Computes LayerNorm in fp32 under autocast, as CUDA's autocast does. The CPU's autocast leaves it in bf16."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.layer_norm and args[0].dtype == torch.bfloat16:
@@ -203,7 +204,7 @@ class GpuLayerNorm(TorchFunctionMode):
 
 
 class KnownNumbers(TorchFunctionMode):
-    """Supplies what `HostNumbers.read` reads: a fake tensor's `tolist` asks for one `item` after another."""
+    """Gives `HostNumbers.read` numbers in place of the values that fake tensors lack, one for each `Tensor.item`."""
 
     def __init__(self, numbers: list[int]) -> None:
         super().__init__()
@@ -215,7 +216,7 @@ class KnownNumbers(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _choices_of_a_gpu() -> Iterator[None]:
-    """Context in which tensors on the CPU are computed and kept as on a GPU."""
+    """Context in which fake tensors on the CPU have the dtypes of a GPU's step and are kept for backward as there."""
     with GpuLayerNorm(), saving_none():
         yield
 
@@ -230,7 +231,7 @@ def step_cost(config: MaskVLMConfig, shape: StepShape, objectives: Sequence[Obje
 def fake_step(
     config: MaskVLMConfig, shape: StepShape, objectives: Sequence[Objective] = ALL
 ) -> Iterator[tuple[MaskVLM, Callable[[], object]]]:
-    """Context with a model of fake tensors and a step of rank 0, whose collectives move nothing."""
+    """Context with a model of fake tensors, and a function that makes rank 0's step. Its collectives move nothing."""
     with torch.device("meta"):
         model = MaskVLM(config)
         adapt(model, shape.parts)
@@ -268,9 +269,9 @@ def fake_step(
 
 @contextlib.contextmanager
 def simulated_ranks(ranks: int) -> Iterator[None]:
-    """Process group of W ranks, of which this process is the first, that moves nothing. None for one rank.
+    """Context with a process group of W ranks, of which this process is the first, that moves nothing.
 
-    RuntimeError inside a process group.
+    No group for one rank. RuntimeError inside a process group.
     """
     if ranks == 1:
         yield
@@ -283,10 +284,12 @@ def simulated_ranks(ranks: int) -> Iterator[None]:
 
 
 def counted(model: nn.Module, step: Callable[[], object], rows: int, shape: StepShape) -> StepCost:
-    """Count a step of a model of fake tensors, or of a task around it; called inside FakeTensorMode.
+    """Count FLOPs and memory of a step of a model of fake tensors, or of a task around it.
+
+    Call it inside FakeTensorMode.
 
     Args:
-        rows: what a fake tensor answers if it is asked for a number: rows of captions.
+        rows: value that a fake tensor gives if a number is read from it: the rows of ITM's captions.
         shape: of the step. For a GPU, LayerNorm is counted in the dtype of its step, and no GELU is kept for backward.
     """
     shadows = shadow_weights(model) if shape.bf16 and not (shape.sharded or shape.checkpointed) else None
@@ -310,7 +313,7 @@ def autocast_of(shape: StepShape) -> torch.autocast:
 
 
 def uniform_draws(shape: StepShape) -> list[int]:
-    """Numbers of rows that rank 0 exchanges in each microbatch, if each image and each caption is drawn once.
+    """`Splits.numbers` of rank 0, microbatch after microbatch, if each image and each caption is drawn once.
 
     That is the mean of draws in which all are equally likely, without its scatter.
     """
@@ -325,7 +328,7 @@ def uniform_draws(shape: StepShape) -> list[int]:
 
 
 def drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:
-    """Rows for captions of ITM's pairs: on a CPU their tokens, but for rounding, on a GPU the most they may have."""
+    """Number of token rows for captions of ITM's pairs: those they have on a CPU, the most they may have on a GPU."""
     if not shape.gpu:
         return 3 * shape.pairs * shape.tokens
     # The host knows the rows of captions that arrive from other ranks, and of others only the longest.

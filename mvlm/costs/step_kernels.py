@@ -37,7 +37,7 @@ JOBS = min(12, len(os.sched_getaffinity(0)))
 
 
 def model_of(config: MaskVLMConfig, parts: PartSettings | RunConfig = FULL) -> MaskVLM:
-    """The model on the meta device, which attends between patches as on a GPU. parts: how much of it learns."""
+    """Build a model on the meta device whose image attention is that of a GPU. parts: how its parts learn."""
     with torch.device("meta"):
         model = MaskVLM(config)
         adapt(model, parts)
@@ -46,7 +46,7 @@ def model_of(config: MaskVLMConfig, parts: PartSettings | RunConfig = FULL) -> M
 
 
 class LinearInBf16(TorchFunctionMode):
-    """Casts of autocast for linear layers on the meta device, which torch's autocast does not know."""
+    """Casts the inputs of linear layers to bf16 on the meta device, for which torch's autocast does not work."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
@@ -56,7 +56,10 @@ class LinearInBf16(TorchFunctionMode):
 
 @contextmanager
 def recorded_steps(recorder: Recorder, arch: int) -> Iterator[Callable[[MaskVLM, Batch, Masks], None]]:
-    """Context with a function that makes one step, and calls `recorder(kernel, grid, args, meta)` for each launch."""
+    """Context with a function that makes one training step of a model on the meta device.
+
+    recorder: called as recorder(kernel, grid, args, meta) for each launch of a kernel. arch: such as 90 for sm_90.
+    """
 
     def step(model: MaskVLM, batch: Batch, masks: Masks) -> None:
         model(batch, masks, plan="fast").total.backward()
@@ -67,7 +70,10 @@ def recorded_steps(recorder: Recorder, arch: int) -> Iterator[Callable[[MaskVLM,
 
 
 def lengths_of(config: MaskVLMConfig) -> list[int]:
-    """A longest caption for each choice of tiles, which are chosen by its next power of two."""
+    """Longest captions of a batch, in tokens, that together lead to every choice of kernel tiles.
+
+    Tiles are chosen by the next power of two.
+    """
     lengths = {config.text_length}
     length = 16
     while length < config.text_length:
@@ -77,9 +83,10 @@ def lengths_of(config: MaskVLMConfig) -> list[int]:
 
 
 def launches_of(config: MaskVLMConfig, pairs: int, arch: str, parts: PartSettings | RunConfig = FULL) -> list[Launch]:
-    """One launch of each kernel of a step, for all lengths of captions: tiles depend on the longest of a batch.
+    """One launch of each different kernel of a training step, for captions of all lengths.
 
-    config: blocks of one kind launch the same kernels, so one of each is recorded.
+    Kernels differ by tiles, which depend on the longest caption of a batch. Blocks of one kind launch equal kernels, so
+    a model with one block of each is recorded.
     """
     from mvlm_kernels import aot  # here: it takes TRITON_INTERPRET out of the environment
 

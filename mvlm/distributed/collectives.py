@@ -24,7 +24,7 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatchLayout:
-    """Positions of this rank's pairs in the global batch: numbers on the host."""
+    """Layout of the global batch as one rank sees it: numbers of ranks, microbatches and pairs, all Python ints."""
 
     rank: int
     ranks: int
@@ -54,16 +54,19 @@ class GlobalBatchLayout:
         return torch.cat([self.indices(a, device) for a in range(self.microbatches)])
 
     def owner(self, index: Tensor) -> Tensor:
-        """Ranks that have the pairs of these global indices, int64 like `index`."""
+        """Rank that has each of the pairs with these global indices; int64 like `index`."""
         return index // self.pairs % self.ranks
 
     def position(self, index: Tensor) -> Tensor:
-        """Positions 0 to n - 1 of pairs among all pairs of their ranks, from global indices; int64 like `index`."""
+        """Place of each pair, 0 to n - 1, among the pairs of the rank that has it. index: global indices, int64."""
         return index // (self.pairs * self.ranks) * self.pairs + index % self.pairs
 
 
 class Handle:
-    """Handle of an asynchronous collective: torch's work handle, None in a world of one, with the result."""
+    """Handle of an asynchronous collective: torch's work handle, None in a world of one, and a way to its result.
+
+    result: function that returns the result when the collective has ended.
+    """
 
     def __init__(self, work: "dist.Work | None", result: Callable[[], Tensor]) -> None:
         self._work, self._result = work, result
@@ -79,14 +82,14 @@ class Handle:
 
 
 def all_reduce(x: Tensor, layout: GlobalBatchLayout, operation: Literal["sum", "max", "min"] = "sum") -> Handle:
-    """Start to reduce x over the ranks, in place, by default to its sum."""
+    """Start to reduce x over the ranks, in place: to the sum, the largest or the smallest value. The handle gives x."""
     if layout.ranks == 1:
         return Handle(None, lambda: x)
     return Handle(dist.all_reduce(x, getattr(dist.ReduceOp, operation.upper()), async_op=True), lambda: x)
 
 
 def all_gather(x: Tensor, layout: GlobalBatchLayout) -> Handle:
-    """Start to gather rows (n, ...) of every rank into (G, ...), ordered by global index."""
+    """Start to gather the rows x (n, ...) of all ranks. The handle gives them as (G, ...), ordered by global index."""
     if layout.ranks == 1:
         return Handle(None, lambda: x)
     parts = x.new_empty(layout.ranks * len(x), *x.shape[1:])
@@ -97,7 +100,7 @@ def all_gather(x: Tensor, layout: GlobalBatchLayout) -> Handle:
 
 
 def reduce_scatter(x: Tensor, layout: GlobalBatchLayout) -> Handle:
-    """Start to add rows (G, ...) of all ranks up, of which each rank gets its own (n, ...)."""
+    """Start to add up rows x (G, ...) over the ranks. The handle gives the sums of this rank's own pairs, (n, ...)."""
     if layout.ranks == 1:
         return Handle(None, lambda: x)
     parts = x.unflatten(0, (layout.microbatches, layout.ranks, layout.pairs)).transpose(0, 1).flatten(0, 2)
@@ -106,7 +109,10 @@ def reduce_scatter(x: Tensor, layout: GlobalBatchLayout) -> Handle:
 
 
 def all_to_all(x: Tensor, sent: list[int], received: list[int]) -> Handle:
-    """Start to send rows (S, ...) to the ranks. sent and received are numbers of rows to and from each rank."""
+    """Start to send rows x (S, ...) to the ranks. The handle gives the rows that arrive.
+
+    sent, received: numbers of rows to and from each rank, which come in the order of the ranks.
+    """
     if len(sent) == 1:
         return Handle(None, lambda: x)
     out = x.new_empty(sum(received), *x.shape[1:])
@@ -114,15 +120,16 @@ def all_to_all(x: Tensor, sent: list[int], received: list[int]) -> Handle:
 
 
 class AsyncOp:
-    """An asynchronous collective in the autograd graph, whose gradient another one carries.
+    """An asynchronous collective as an operation of autograd. Another collective carries its gradient.
 
     Backward passes run later operations first. The work between `AsyncOp(...)` and `wait` runs beside the collective in
     forward, and beside that of the gradient in backward.
 
     Args:
-        x: what the collective sends.
-        result: waits for the collective's result.
-        backward: starts the collective of the gradient of that result. Its own result is the gradient of x.
+        x: tensor that the collective sends.
+        result: function that waits for the collective and returns its result.
+        backward: function of the result's gradient that starts the collective of the gradient; it gives the gradient of
+            x.
     """
 
     def __init__(self, x: Tensor, result: Callable[[], Tensor], backward: Callable[[Tensor], Handle]) -> None:
@@ -142,7 +149,7 @@ class AsyncOp:
 
 
 class _Function(torch.autograd.Function):
-    """An operation on x in the graph, whatever it computes: result() in forward, backward(gradient) in backward."""
+    """Operation of autograd on x given by two functions: result() in forward, and backward(gradient) in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, result: Callable[[], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
@@ -161,10 +168,11 @@ def _side_stream(device: torch.device) -> "torch.cuda.Stream | None":
 
 @contextmanager
 def side_stream(device: torch.device, *inputs: Tensor) -> Iterator[None]:
-    """Context whose operations run in a CUDA stream beside that of the computation. On a CPU they run at once.
+    """Context whose operations are queued in a second CUDA stream, beside that of the computation.
 
-    A collective waits for all that the current stream holds when it is queued. One that is queued late, but needs only
-    early results, is therefore queued here. With inputs, the operations wait for what the current stream holds now.
+    On a CPU they run at once. A collective waits for all that the current stream holds when it is queued. One that is
+    queued late, but needs only early results, is therefore queued here. With inputs, the operations wait for what the
+    current stream holds now.
 
     NOTE: give every tensor that the current stream made and the block reads first, and call `join_side_stream` before
     the current stream reads a result. Else memory is read before it is written, or when others use it: wrong numbers,
@@ -183,7 +191,7 @@ def side_stream(device: torch.device, *inputs: Tensor) -> Iterator[None]:
 
 
 def join_side_stream(*tensors: Tensor) -> None:
-    """Make the current stream wait for the side stream, where these tensors were made, before it reads them."""
+    """Make the current CUDA stream wait for the side stream, in which these tensors were made, before it reads them."""
     stream = _side_stream(tensors[0].device)
     if stream is not None:
         current = torch.cuda.current_stream(tensors[0].device)

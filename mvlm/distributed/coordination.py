@@ -55,7 +55,7 @@ TOGETHER = (
     "device", "log_every", "eval_every_steps", "eval_images", "checkpoint_every_steps", "max_bad_steps",
     "failed_step_mb", "extend_to",
 )  # fmt: skip
-"""Settings that are not of the recipe, and must still be equal on all ranks.
+"""Settings that are not part of the recipe of a run, and must still be equal on all ranks.
 
 NOTE: each rank derives from them alone at which step its next collective is. Ranks with other values wait for ever.
 """
@@ -64,7 +64,7 @@ NOTE: each rank derives from them alone at which step its next collective is. Ra
 def check_ranks(world: World, config: RunConfig, dataset: Dataset, further: dict[str, Any]) -> None:
     """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end.
 
-    `further` are data with a fingerprint, by their names in messages, or None.
+    further: further data sets, or other objects with a `fingerprint`, or None, by their names in messages.
     """
     settings = config.to_dict()
     own = {f"model.{name}": value for name, value in settings.pop("model").items()}
@@ -80,11 +80,11 @@ def check_ranks(world: World, config: RunConfig, dataset: Dataset, further: dict
 def check_same(
     world: World, own: dict[str, Any], advice: str = "name --device and --precision where their machines differ"
 ) -> None:
-    """Check that all ranks have the same values, by name. If not, rank 0 raises RunError and the others end.
+    """Check that the ranks agree on some named values. If not, rank 0 raises RunError and the others end.
 
     Args:
-        own: this rank's values, as JSON.
-        advice: what else to do than to start the same command on the same data.
+        own: this rank's values by name, plain values for JSON.
+        advice: for the message: what else to do than to start the same command on the same data.
     """
     by_rank = world.gather_objects(own)
 
@@ -161,10 +161,11 @@ def joined_ranks(device: str) -> Iterator[World]:
 
 @contextmanager
 def naming_lost_ranks(world: World, failure: Callable[[], str | None], advice: str) -> Iterator[None]:
-    """Context that raises LostRankError where a collective fails without another rank.
+    """Context that raises LostRankError if a collective fails because another rank is gone.
 
     Args:
-        failure: asked what that rank has said; None if nothing.
+        failure: returns the failure that the other rank has reported; None if it has reported none.
+        advice: what to do, for the message.
     """
     try:
         yield
@@ -184,14 +185,15 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 
 POLL_SECONDS = 1.0
-"""The store is read at most this often."""
+"""Least time between two reads of the ranks' store."""
 TIMEOUT = timedelta(seconds=20)
 
 
 class Notices:
-    """Context that reports an exception of its block to the other ranks. With one rank, nothing is sent or read.
+    """Context that reports an exception of its block to the other ranks, and announces requests to stop.
 
-    `join_ranks` made the world, so the address of the store is in the environment.
+    With one rank, nothing is sent or read. `join_ranks` made the world, so the address of the store is in the
+    environment.
     """
 
     def __init__(self, world: World) -> None:
@@ -232,7 +234,7 @@ class Notices:
         return PrefixStore(f"notices_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def _post(self, name: str, text: str) -> None:
-        """Write a notice, unless there is one already."""
+        """Write a notice to the store of the ranks, unless one of this name is there already."""
         with contextlib.suppress(dist.DistError):  # the store is gone with its rank; the others find that out too
             self._store.compare_set(name, "", text)
 

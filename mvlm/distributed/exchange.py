@@ -35,27 +35,30 @@ class PairFeatures(NamedTuple):
     """ITM's pairs of one microbatch, and the features of their images and captions."""
 
     image: Tensor
-    """(B, 1+N, C), features of the microbatch's images and of the drawn ones."""
+    """(B, 1+N, C), features of the images of this microbatch and of those drawn as negatives. `pairs` has indices into
+    them."""
     text: PackedText
     pairs: MatchingPairs
     max_rows: int
-    """Bound of the rows of all captions of the pairs: the own ones twice, and the drawn ones."""
+    """Upper bound of the number of token rows of all pairs' captions: the own captions twice, and the drawn ones."""
     caches: PairCaches | None = None
     share: Tensor | None = None
-    """Share of these pairs' weights in those of the global batch, a float64 scalar; None if these are all of them."""
+    """Sum of these pairs' weights divided by that of the global batch, a float64 scalar; None if these are all pairs.
+    """
 
 
 class Splits(NamedTuple):
-    """All-to-all of the images, or captions, that one microbatch of all ranks drew, as this rank sees it."""
+    """One all-to-all as this rank sees it: of the images, or captions, that one microbatch of all ranks drew."""
 
     starts: Tensor
     """int64 (W b,), first row of each sent sequence among this rank's rows."""
     lengths: Tensor
     """int64 (W b,), rows of each sent sequence, 0 after the last one."""
     place: Tensor
-    """int64 (b,), place of each pair's negative among the sequences that arrive, each once."""
+    """int64 (b,), the drawn negative of each pair of this rank, as its number among the sequences that arrive, each
+    once."""
     cu_seqlens: Tensor
-    """int32 (b + 1,), bounds of the sequences that arrive."""
+    """int32 (b + 1,), bounds of the sequences among the rows that arrive."""
     numbers: Tensor
     """int64 (2 W + 3,): rows sent and received by rank, sequences that arrive, rows of the longest, and rows of all
     drawn sequences, with repetitions."""
@@ -64,10 +67,14 @@ class Splits(NamedTuple):
 def exchange_splits(
     negatives: Negatives, lengths: Tensor, own_starts: Tensor, microbatch: int, layout: GlobalBatchLayout
 ) -> tuple[Splits, Splits]:
-    """Splits of both all-to-alls of one microbatch, of images and of captions, from the negatives of all G pairs.
+    """`Splits` of the two all-to-alls of one microbatch, of images and of captions, from the negatives of all G pairs.
 
-    lengths: int64 (G,), tokens of all captions; own_starts: int64 (n,), first rows of this rank's captions. Nothing
-    waits for the device.
+    Args:
+        lengths: int64 (G,), number of tokens of each caption.
+        own_starts: int64 (n,), first row of each of this rank's captions.
+        microbatch: its number on each rank.
+
+    Nothing waits for the device.
     """
     block = layout.ranks * layout.pairs
     rows = slice(microbatch * block, (microbatch + 1) * block)
@@ -77,7 +84,10 @@ def exchange_splits(
 
 
 def _splits(columns: Tensor, lengths: Tensor, own_starts: Tensor, layout: GlobalBatchLayout) -> Splits:
-    """All-to-all of the sequences columns int64 (W b,), global indices that rank 0, 1, and so on drew."""
+    """`Splits` of the sequences with global indices columns int64 (W b,): b that rank 0 drew, b of rank 1, and so on.
+
+    lengths, own_starts: as for `exchange_splits`, for sequences of this kind.
+    """
     total, pairs, ranks = layout.total, layout.pairs, layout.ranks
     end = ranks * total
     receiver = torch.arange(ranks * pairs, device=columns.device) // pairs
@@ -98,9 +108,11 @@ def _splits(columns: Tensor, lengths: Tensor, own_starts: Tensor, layout: Global
 
 
 def _each_once(keys: Tensor, lengths: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each key below W G once, in rising order, then W G repeated; their rows, then 0; and rows by rank, int64 (W,).
+    """Sort keys and drop repetitions: each key below W G once, ascending, and then W G in place of the others.
 
-    Key r G + g is sequence g for rank r, or from it.
+    Key r G + g is sequence g that goes to rank r, or comes from it.
+
+    Returns the keys; the number of rows of each, 0 for W G; and the number of rows by rank, int64 (W,).
     """
     total = len(lengths)
     keys = keys.sort().values
@@ -112,9 +124,9 @@ def _each_once(keys: Tensor, lengths: Tensor, ranks: int) -> tuple[Tensor, Tenso
 
 
 def rows_of_sequences(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """Rows int64 (total,) of sequences, one after another.
+    """Indices of the rows of some sequences, one sequence after another: int64 (total,).
 
-    Sequence k has the rows starts[k] to starts[k] + lengths[k] - 1; total, a host number, is the sum of the lengths.
+    Sequence k has the rows starts[k] to starts[k] + lengths[k] - 1. total: sum of the lengths, a Python int.
     """
     ends = lengths.cumsum(0)
     number = torch.arange(total, device=starts.device)
@@ -123,7 +135,7 @@ def rows_of_sequences(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
 
 
 class RowExchange:
-    """Asynchronous all-to-all of rows of one kind, and of their gradients.
+    """Asynchronous all-to-all of feature rows, of images or of captions, and of their gradients back.
 
     A rank adds up the gradients of a row in the order of the ranks they come from, in fp32 or float64.
 
@@ -136,7 +148,7 @@ class RowExchange:
         self._own, self._wire = own.detach(), wire
 
     def start(self, splits: Splits, numbers: list[int]) -> None:
-        """Start to send, in the side stream. numbers: `splits.numbers`, on the host."""
+        """Start to send this rank's rows, in the side stream. numbers: `splits.numbers` as Python ints."""
         ranks = len(numbers) // 2 - 1
         self._sent, self._received = numbers[:ranks], numbers[ranks : 2 * ranks]
         self._rows = rows_of_sequences(splits.starts, splits.lengths, sum(self._sent))  # (S,)
@@ -144,13 +156,16 @@ class RowExchange:
         self._handle = all_to_all(sent, self._sent, self._received)
 
     def wait(self) -> Tensor:
-        """The received rows (D, ...), in the dtype `wire`."""
+        """Wait for the rows that arrive. Returns them, (D, ...), in the dtype `wire`."""
         x = self._handle.wait()
         join_side_stream(x, self._rows)
         return x
 
     def backward(self, grad: Tensor) -> Handle:
-        """Start to send the gradient (D, ...) of the received rows back. Returns that of this rank's rows (M, ...)."""
+        """Start to send the gradient (D, ...) of the received rows back.
+
+        The handle gives the gradient of this rank's own rows (M, ...).
+        """
         handle = all_to_all(grad.contiguous(), self._received, self._sent)
         return Handle(None, lambda: sum_rows(handle.wait(), self._rows, len(self._own)).to(self._own.dtype))
 
@@ -168,7 +183,7 @@ def sum_rows(x: Tensor, rows: Tensor, number: int) -> Tensor:
 
 
 class FeatureExchange:
-    """Exchange of the features of a step's negatives, in the dtype in which the step computes.
+    """Exchange of the features of a step's negatives between ranks, in the dtype in which the step computes.
 
     1. `FeatureExchange(...)` gathers the draws of all ranks, computes the splits of all all-to-alls on the device,
        and starts to copy their numbers to the host.
@@ -181,8 +196,8 @@ class FeatureExchange:
     microbatch there is nothing to exchange, and its own features are the result.
 
     Args:
-        draws: int64 (n, 2), what this rank's pairs drew.
-        lengths: int64 (G,), rows of all captions.
+        draws: int64 (n, 2), global indices of the caption and of the image that each of this rank's pairs drew.
+        lengths: int64 (G,), number of tokens of each caption of the global batch.
         streams: features of this rank's microbatches.
     """
 
@@ -201,7 +216,7 @@ class FeatureExchange:
         packings = [own.text.packing for own in streams]
         kinds = [own.image for own in streams], [own.text.rows for own in streams]
         self._own = [x[0] if len(x) == 1 else torch.cat(x) for x in kinds]
-        """Rows of this rank's images and captions."""
+        """Feature rows of all images, and of all captions, of this rank."""
         wire = compute_dtype(self._own[0])
         firsts = accumulate((packing.total for packing in packings), initial=0)
         starts = torch.cat([p.cu_seqlens[:-1].long() + first for p, first in zip(packings, firsts, strict=False)])
@@ -220,9 +235,10 @@ class FeatureExchange:
             self._ops = [AsyncOp(own, exchange.wait, exchange.backward) for own, exchange in kinds]
 
     def start(self, microbatch: int) -> None:
-        """Start to send, unless that has begun. The first call waits until the device has made the numbers.
+        """Start to send the features of one microbatch's negatives, unless that has begun.
 
-        On a CPU, which queues nothing, sending the first microbatch has begun.
+        The first call waits until the device has computed the numbers of rows. On a CPU, which queues nothing, sending
+        the first microbatch has begun.
         """
         if microbatch < self._started:
             return
@@ -234,11 +250,14 @@ class FeatureExchange:
                 exchange.start(splits, numbers)
 
     def wait(self, microbatch: int) -> list[Tensor]:
-        """Images (D, 1+N, C) and text rows that a microbatch drew, each once. With one microbatch: differentiable."""
+        """Features that one microbatch drew, each once: images (D, 1+N, C), and rows of captions.
+
+        With one microbatch they are differentiable.
+        """
         return [x.wait() for x in self._ops or self._exchanges[microbatch]]
 
     def pairs(self, microbatch: int, own: Streams, *arrived: Tensor) -> PairFeatures:
-        """ITM's pairs of a microbatch, from its own features and from what `wait` returned."""
+        """ITM's pairs of a microbatch, from its own features and from those that arrived (`wait`)."""
         ours = own.text.packing
         if self._layout.alone:
             most = 2 * ours.total + len(ours) * ours.max_length

@@ -79,16 +79,17 @@ class _Passes:
     def __init__(self, parallel: Parallel, microbatches: Sequence[Microbatch], step: Step, autocast: Autocast) -> None:
         self._parallel, self._microbatches, self._step, self._autocast = parallel, microbatches, step, autocast
         self._shares: list[Tensor] = []
-        """Shares of all losses that each pass has computed: a vector a pass, in the order of `step.names`."""
+        """For each pass, this rank's shares of all losses and accuracies, a vector in the order of `step.names`."""
         self._cached: list[Streams] = []
-        """Features of each microbatch that objectives of the global batch and of negatives read."""
+        """Features of each microbatch from the first pass, which objectives of the global batch and of negatives read.
+        """
         self._exchange: FeatureExchange | None = None
         """Exchange of the features of negatives of several microbatches; None without an objective of them."""
         self._returning: list[Handle] = []
-        """Gradients that the other ranks return for the negatives of one microbatch."""
+        """Handles of the gradients that the other ranks return for one microbatch's negatives."""
 
     def run(self) -> Tensor:
-        """Make all passes. Returns this rank's shares, in the order of `step.names`."""
+        """Make all passes. Returns this rank's shares of the losses and accuracies, in the order of `step.names`."""
         step, number = self._step, len(self._microbatches)
         if number == 1:
             self._pass(lambda model: (step.shares(self._features(model, 0)), []), last=True)
@@ -110,7 +111,11 @@ class _Passes:
     def _pass(
         self, function: Callable[[MaskVLM], tuple[Shares, list[tuple[Tensor, Tensor]]]], last: bool = False
     ) -> None:
-        """Forward and backward of the shares of some losses, and of features whose gradients are known."""
+        """Forward and backward pass of some losses.
+
+        function: returns the losses' shares, and pairs of features and their known gradients, which are backpropagated
+        too. last: the last pass of the step, in which DDP reduces gradients.
+        """
 
         def forward(model: MaskVLM) -> tuple[Tensor, Tensor]:
             with self._autocast():
@@ -126,7 +131,7 @@ class _Passes:
         self._shares.append(found)
 
     def _features(self, model: MaskVLM, a: int) -> Features:
-        """Features of microbatch a, with a graph."""
+        """Encode microbatch a for a pass that backpropagates through the encoders."""
         microbatch = self._microbatches[a]
         streams = self._step.implementation.encode(model, *microbatch, self._step.reads(model.config))
         self._parallel.alone.stop()
@@ -134,7 +139,7 @@ class _Passes:
 
     @torch.no_grad()
     def _encode(self, model: MaskVLM, a: int) -> Streams:
-        """Features of microbatch a, those of `_cached`: leaves, at which backward stops."""
+        """Encode microbatch a for the first pass, without a graph. The features are leaves that gather gradients."""
         with self._autocast():
             reads = self._step.reads(model.config, self._step.of_batch)
             streams = self._step.implementation.encode(model, *self._microbatches[a], reads)
@@ -144,7 +149,10 @@ class _Passes:
         return streams._replace(caches=None, partner_caches=None)
 
     def _contrast(self, model: MaskVLM) -> tuple[Shares, list[tuple[Tensor, Tensor]]]:
-        """Objectives of the global batch, of all microbatches; ITC draws the negatives."""
+        """Shares of the objectives of the global batch, from all microbatches of this rank. ITC draws the negatives.
+
+        Returns them with an empty list, for `_pass`.
+        """
         features = Features(self._step, model, self._microbatches, self._cached)
         self._step.start_gather(features)
         shares = self._step.batch_shares(features)
@@ -153,7 +161,7 @@ class _Passes:
         return shares, []
 
     def _itm(self, exchange: FeatureExchange, a: int) -> None:
-        """Objectives of the negatives of microbatch a, forward and backward."""
+        """Forward and backward pass of the objectives of negatives (ITM), for microbatch a."""
         own, arrived = self._cached[a], exchange.wait(a)
         for x in arrived:  # leaves: backward stops here, and frees the graph of this microbatch
             x.requires_grad_()
@@ -164,7 +172,7 @@ class _Passes:
         self._returning = exchange.backward(a, *map(_gradient, arrived))
 
     def _add_returned(self) -> None:
-        """Add the gradients that the other ranks return, if some are on their way."""
+        """Add the gradients that other ranks return, if any are on their way, to those of the cached features."""
         if not self._returning:
             return
         (image, text), self._returning = (handle.wait() for handle in self._returning), []
@@ -174,7 +182,10 @@ class _Passes:
             _gradient(own.text.rows).add_(of_text)
 
     def _reconstruct(self, model: MaskVLM, a: int) -> tuple[Shares, list[tuple[Tensor, Tensor]]]:
-        """Objectives of microbatch a alone, and its features with their cached gradients."""
+        """Shares of the objectives that microbatch a has alone (MLM, MIM).
+
+        Returns them, and pairs of its features, encoded again, and their gradients from the first pass, for `_pass`.
+        """
         features = self._features(model, a)
         shares = self._step.microbatch_shares(features)
         self._add_returned()
@@ -183,7 +194,10 @@ class _Passes:
 
 
 def _tensors(streams: Streams) -> dict[str, Tensor]:
-    """Features by name of the stream: (B, 1+N, C) of images, packed rows (T, C) of captions."""
+    """Feature tensors by name of the stream: images (B, 1+N, C), captions as packed rows (T, C).
+
+    Missing streams are left out.
+    """
     texts = {"text": streams.text, "masked_text": streams.masked_text}
     found = {"image": streams.image, "masked_image": streams.masked_image}
     found |= {name: None if x is None else x.rows for name, x in texts.items()}
@@ -196,7 +210,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _scaled_total(model: MaskVLMNetwork, shares: Shares, step: Step) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the losses' shares times W, to call backward on, and all shares in the order of `step.names`.
+    """W times the weighted sum of the losses' shares, to call backward on, and all shares in the order of `step.names`.
 
     The factor W is there because DDP and FSDP2 average gradients over ranks. A missing share is 0.
     """

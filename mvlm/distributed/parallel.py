@@ -60,7 +60,7 @@ class Parallel:
     def __init__(self, model: Any, call: nn.Module, last: nn.Module, device: torch.device) -> None:
         self.model, self._call, self._last = model, call, last
         self.alone = Stopwatch(device)
-        """Time of a step before this rank waits for others."""
+        """Stopwatch of the time that a step takes before this rank waits for others."""
 
     def __call__(self, function: Callable[[Any], T], last: bool = True) -> T:
         return (self._last if last else self._call)(function)
@@ -118,7 +118,10 @@ def _mesh(world: World, nodes: int | None) -> DeviceMesh:
 
 
 def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Blocks of a model by name, those of a tower too: each is sharded, and recomputed, on its own."""
+    """(name, module) of each transformer block of a model, those of a tower too.
+
+    Each is sharded and recomputed on its own.
+    """
     of_towers = {block for module in model.modules() if isinstance(module, TOWERS) for block in module.blocks}
     found = model.named_modules()
     return [(name, module) for name, module in found if isinstance(module, BLOCKS) or module in of_towers]
@@ -157,7 +160,7 @@ def compile_step(model: MaskVLM, world: World, accumulate: int, checkpointed: bo
 def unsharded_copy(model: M, build: Callable[[], M]) -> M:
     """Return the model itself if its weights are not sharded, else a copy with full weights on every rank.
 
-    The copy is for evaluation only. `build` makes a new model of the same parameters.
+    The copy is for evaluation only. build: makes a new model with parameters of these shapes.
     """
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model

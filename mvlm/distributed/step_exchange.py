@@ -11,14 +11,14 @@ from mvlm.distributed.world import World
 
 
 class StepExchange:
-    """Verdict on an update, requests of ranks, and figures of each rank, exchanged in one all-reduce a step.
+    """The all-reduce that ends a step: it exchanges whether the update is good, requests of ranks, and their figures.
 
     It takes the maximum over ranks of one vector on the device: a flag for a bad update, a flag for each request, and
     the figures, for which each rank has places of its own. Requests take effect one step later: they are read once the
     next step is queued, so the device never waits for the host.
 
     Args:
-        requests: number of requests that a rank may make.
+        requests: number of kinds of requests that a rank may make.
     """
 
     def __init__(self, world: World, requests: int) -> None:
@@ -28,16 +28,16 @@ class StepExchange:
         self._granted = [False] * requests
 
     def send(self, good: Tensor, requests: Sequence[bool], figures: Sequence[float]) -> tuple[Tensor, Tensor | None]:
-        """Exchange a step's values, without a sync.
+        """Exchange a step's values with the other ranks, without waiting for the device.
 
         Args:
             good: bool (), on the device; False if this rank's update must not be made.
-            requests: of this rank.
+            requests: this rank's, one bool for each kind.
             figures: F numbers of this rank, at least 0.
 
         Returns:
             bool (), True if the update is good on all ranks; and the figures of all W ranks, float32 (W, F) on the
-            device, or None in a world of one.
+                device, or None in a world of one.
         """
         world, flags = self._world, 1 + self._requests
         if world.size == 1:

@@ -9,9 +9,9 @@ import torch
 class Stopwatch:
     """Seconds from the start of a step to the end of its first forward pass through the encoders.
 
-    All ranks end a step together, so the whole of it is as long on each. Up to here a rank has waited for no other one,
-    except that FSDP2 gathers parameters: there the ranks of a node wait for each other. On a GPU it is the device's
-    time.
+    All ranks end a step together, so a whole step takes equally long on each. Until the end of this pass a rank has
+    waited for no other one, except that FSDP2 gathers parameters: there the ranks of a node wait for each other. On a
+    GPU the device's time is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,11 +22,11 @@ class Stopwatch:
         self._seconds = 0.0
 
     def start(self) -> None:
-        """Start the time of a step."""
+        """Note that a step begins."""
         self._started = self._now()
 
     def stop(self) -> None:
-        """End it. Further calls before the next start are ignored."""
+        """Note that the first forward pass has ended. Further calls before the next `start` are ignored."""
         started, self._started = self._started, None
         if isinstance(started, torch.cuda.Event):
             ended = self._now()
@@ -36,7 +36,7 @@ class Stopwatch:
             self._seconds = time.perf_counter() - started
 
     def seconds(self) -> float:
-        """The newest time that is known without waiting for the device."""
+        """Time of the newest step whose time is known without waiting for the device."""
         while self._ended and self._ended[0][1].query():
             started, ended = self._ended.popleft()
             self._seconds = started.elapsed_time(ended) / 1000

@@ -99,7 +99,7 @@ def join_ranks(device: str = "auto") -> World:
 
 
 def attempt_store() -> PrefixStore | None:
-    """Store in which the ranks of this attempt find each other; None if torch makes one for them.
+    """Store in which the ranks of one attempt of torchrun find each other; None if torch makes one for them.
 
     torchrun (torch 2.13) gives every attempt the same store, which still has the addresses of ranks that have ended.
     Each attempt therefore uses its own prefix.

@@ -20,7 +20,7 @@ PARTS = {
     "text": ("text_encoder",),
     "cross": ("image_cross", "text_cross", "image_decoder"),
 }
-"""Parts of a model, and their modules. Settings are `train_image` and so on."""
+"""Parts of a model -> the names of their modules. The setting `train_image` is of the part image, and so on."""
 _ADAPTER = ".parametrizations.weight.0."
 """Middle of the name of an adapter's weight, between its layer's name and `a` or `b`."""
 
@@ -41,9 +41,9 @@ class Adapter(nn.Module):
 
 
 def adapt(model: MaskVLMNetwork, parts: PartSettings) -> None:
-    """Freeze the parts of the model that the settings say, in place, and add adapters where they say `lora`.
+    """Freeze parts of the model, in place, and add adapters to those that learn by LoRA, as the settings `train_*` say.
 
-    Adapters are for the linear layers of blocks, but for those that are frozen already.
+    Adapters are added to the linear layers of blocks, unless these are frozen already.
     """
     for part, names in PARTS.items():
         how = getattr(parts, f"train_{part}")
@@ -67,7 +67,11 @@ def _add(layer: nn.Linear, rank: int, alpha: float) -> None:
 
 
 def add_adapters(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], alpha: float) -> None:
-    """Add the adapters whose tensors have these names and shapes. Names of other layers are left out."""
+    """Add an adapter to each linear layer of a module for which `shapes` has an adapter's tensors.
+
+    Other names are ignored. shapes: name of a tensor -> its shape, as in the header of a checkpoint. alpha: of the
+    adapters' factor alpha / rank.
+    """
     layers = dict(module.named_modules())
     for name, shape in shapes.items():
         owner, _, tensor = name.rpartition(_ADAPTER)
@@ -84,12 +88,18 @@ def merge_adapters(module: nn.Module) -> None:
 
 
 def unmerged(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes by the names that weights have without adapters."""
+    """Rename tensors of a model with adapters: a weight gets the name that it has without an adapter.
+
+    shapes: name of a tensor -> its shape. Returns the shapes by the new names.
+    """
     return {name.replace(".parametrizations.weight.original", ".weight"): shape for name, shape in shapes.items()}
 
 
 def learned(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a network, or of a task around one, without the network's frozen weights."""
+    """The tensors without those that are frozen weights of the network.
+
+    module: the network, or a task around one. tensors: by the names of its state_dict.
+    """
     prefix = "" if isinstance(module, MaskVLMNetwork) else "model."
     frozen = {name for name, p in module.named_parameters() if name.startswith(prefix) and not p.requires_grad}
     return {name: tensor for name, tensor in tensors.items() if name not in frozen}

@@ -25,7 +25,7 @@ from mvlm_kernels.split_linear import split_linear
 
 
 class Residual(NamedTuple):
-    """Input and output of a block."""
+    """Residual stream between two blocks, as input or output of a block."""
 
     x: Tensor
     """(B, L, C), or packed (T, C): the residual stream, fp32 under autocast."""
@@ -36,7 +36,7 @@ class Residual(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """Output of a sub-layer, which is added to the residual stream."""
+    """Output of a sub-layer (attention or feed-forward) that `add_norm` adds to the residual stream."""
 
     rows: Tensor
     """(..., C), output of the sub-layer's last matrix product."""
@@ -53,7 +53,7 @@ def adds_bias_later(device: torch.device) -> bool:
 
 
 def project(layer: nn.Linear, x: Tensor) -> Branch:
-    """Apply a linear layer at the end of a sub-layer: (..., C') -> (..., C)."""
+    """Last linear layer of a sub-layer: (..., C') -> (..., C). On a GPU its bias is left to `add_norm`."""
     if adds_bias_later(x.device):
         return Branch(F.linear(x, shadows.under_autocast(layer.weight)), layer.bias)
     return Branch(shadows.linear(layer, x))
@@ -67,10 +67,10 @@ def add_norm(
     post_norm: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch to the residual stream x (..., C) and normalise the sum.
+    """Add the output of a sub-layer to the residual stream x (..., C), and apply LayerNorm to the sum.
 
-    Returns the stream after that and the norm in `out_dtype`, by default the dtype of matrix products. The stream is
-    the sum, or with `post_norm` the norm.
+    Returns the new residual stream, and the norm in `out_dtype`, by default the dtype of matrix products. The new
+    stream is the sum, or with `post_norm` the norm. A `branch` of None adds nothing.
     """
     rows, bias = branch or Branch(x, None)
     return add_layer_norm(
@@ -101,7 +101,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Branch:
-        """x (B, Lq, C) attends to memory (B, Lk, C); key_mask bool (B, Lk), True = a key. Returns (B, Lq, C)."""
+        """Attention of x (B, Lq, C) to memory (B, Lk, C). Returns a `Branch` of rows (B, Lq, C).
+
+        key_mask: bool (B, Lk), True = a key that may be attended to. None: all may.
+        """
         q, k, v = self.query(x), self.key(memory), self.value(memory)
         return project(self.out, self.attend_heads(q, k, v, key_mask))
 
@@ -111,7 +114,10 @@ class Attention(nn.Module):
         return project(self.out, packing.unpad(self.attend_heads(q, k, v, packing.key_mask)))
 
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Projected q (B, Lq, C), k and v (B, Lk, C) -> what the heads read (B, Lq, C), before the last projection."""
+        """Attention of all heads: projected q (B, Lq, C), k and v (B, Lk, C) -> (B, Lq, C). No projection follows.
+
+        key_mask: bool (B, Lk), True = a key. None: all are.
+        """
         heads = attend_heads(self._split(q), self._split(k), self._split(v), key_mask)  # (B, H, Lq, D)
         return heads.transpose(1, 2).flatten(2)
 
@@ -122,12 +128,12 @@ class Attention(nn.Module):
     # queries that nobody needs.
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., C) -> queries, keys and values (..., H, D), by one matrix product."""
+        """Project rows (..., C) to queries, keys and values, (..., H, D) each, by one matrix product."""
         q, k, v = self._project(x, self.query, self.key, self.value)
         return q, k, v
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., C) -> keys and values (..., H, D), by one matrix product."""
+        """Project rows (..., C) to keys and values, (..., H, D) each, by one matrix product."""
         k, v = self._project(x, self.key, self.value)
         return k, v
 
@@ -140,7 +146,7 @@ class Attention(nn.Module):
         return project(self.out, heads.flatten(-2))
 
     def _project(self, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-        """(..., C) -> (..., H, D) of each layer, by one matrix product."""
+        """Apply several linear layers to rows (..., C) by one matrix product: (..., H, D) of each."""
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         return split_linear(x.to(compute_dtype(x)), weights, biases, self.heads)
 
@@ -175,8 +181,8 @@ class Attention(nn.Module):
 
 
 Attend = Callable[..., Branch]
-"""Computation of a block's attention: (module, rows that attend) -> rows to add to the residual stream. For
-self-attention, `keys` may name other rows that they attend to."""
+"""Computes attention in a block: (attention module, rows that attend) -> output that is added to the residual stream.
+For self-attention, `keys` may be other rows to attend to."""
 
 
 class FeedForward(nn.Module):

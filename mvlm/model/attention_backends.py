@@ -25,7 +25,7 @@ from mvlm_kernels.dispatch import interpreting
 
 
 class BackendChoice(NamedTuple):
-    """The backend of attention that was chosen, and the reasons against the others."""
+    """Backend that was chosen for a kind of attention, and the reasons against those that cannot run."""
 
     backend: str
     reasons: dict[str, str]
@@ -90,7 +90,10 @@ def choose_for_model(
 
 
 def _why_not(device: torch.device, dtype: torch.dtype, head_width: int, short_rows: int, text: bool) -> dict[str, str]:
-    """Reasons against the backends that cannot run, by backend."""
+    """Reasons why backends of attention cannot run: name of the backend -> reason. Others can.
+
+    short_rows: rows of the shorter side, queries or keys. text: True if one side is text.
+    """
     found = {}
     if device.type != "cuda":
         found |= dict.fromkeys(("triton", "flash-attn", "xformers"), f"the tensors are on {device.type}, not on a GPU")
@@ -157,5 +160,8 @@ def text_attention(
 
 
 def _named(wanted: str) -> Literal["auto", "sdpa", "math"]:
-    """`backend` of `cross_attention`; triton is what it chooses where the kernels can run."""
+    """Argument `backend` of `mvlm_kernels.cross_attention` for a wanted backend: "auto" for triton, else its name.
+
+    Where its kernels can run, "auto" takes them.
+    """
     return "auto" if wanted == "triton" else cast(Literal["auto", "sdpa", "math"], wanted)

@@ -34,7 +34,7 @@ class ImageBlock(nn.Module):
         self.mlp = FeedForward(width)
 
     def forward(self, rows: Residual, attend: Attend) -> Residual:
-        """(B, 1+N, C) -> (B, 1+N, C); `attend` computes the self-attention."""
+        """Compute the block: rows (B, 1+N, C) in and out. attend: computes the self-attention."""
         x, normalised = add_norm(self.norm1, rows.x, None if rows.y is None else Branch(rows.y))
         x, normalised = add_norm(self.norm2, x, attend(self.attention, normalised))
         return Residual(x, self.mlp(normalised))
@@ -85,7 +85,7 @@ class BaseImageEncoder(nn.Module):
         raise NotImplementedError
 
     def with_mask_tokens(self, x: Tensor, visible_ids: Tensor) -> Tensor:
-        """Put the rows x (B, 1+K, C) of `forward_visible` in their places -> (B, 1+N, C)."""
+        """Put features x (B, 1+K, C) of `forward_visible` at their patches, mask tokens at others -> (B, 1+N, C)."""
         raise NotImplementedError
 
 
@@ -121,9 +121,9 @@ class ImageEncoder(BaseImageEncoder):
         return self.run(x.gather(1, index.expand(-1, -1, x.shape[-1])), lambda attention, y: attention(y, y))
 
     def with_mask_tokens(self, x: Tensor, visible_ids: Tensor) -> Tensor:
-        """Put the rows x (B, 1+K, C) of `forward_visible` in their places -> (B, 1+N, C).
+        """Put features x (B, 1+K, C) of `forward_visible` at their patches, mask tokens at others -> (B, 1+N, C).
 
-        Mask tokens fill the others, and positions are added to all rows again, as for MAE's decoder.
+        Positions are added to all rows again, as for MAE's decoder.
         """
         index = F.pad(1 + visible_ids, (1, 0)).unsqueeze(-1)  # (B, 1+K, 1)
         hidden = self.mask_token.to(x.dtype).expand(len(x), len(self.position), -1)
@@ -148,7 +148,7 @@ class TextBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, rows: Residual, attend: Attend) -> Residual:
-        """Packed (T, C) -> (T, C); `attend` computes the self-attention."""
+        """Compute the block: packed rows (T, C) in and out. attend: computes the self-attention."""
         normalised = rows.x if rows.y is None else rows.y
         x, normalised = add_norm(self.norm1, rows.x, attend(self.attention, normalised), post_norm=True)
         return Residual(*add_norm(self.norm2, x, self.mlp.branch(normalised), post_norm=True))
@@ -189,7 +189,7 @@ class TextEncoder(nn.Module):
 
 
 SelectRows = Callable[[Tensor], Tensor]
-"""Selection of some rows of a stream: (..., L, C) -> (..., fewer or repeated rows, C)."""
+"""Selects some rows of a stream, possibly repeated: (..., L, C) -> (..., selected rows, C)."""
 
 
 class CrossBlock(nn.Module):
@@ -217,11 +217,11 @@ class CrossBlock(nn.Module):
         select_between: SelectRows | None = None,
         keys: Tensor | None = None,
     ) -> Residual:
-        """Rows (B, L, C), or packed (T, C) -> the same shape, or fewer rows.
+        """Compute the block: rows (B, L, C), or packed (T, C) -> the same shape, or fewer rows.
 
         Args:
-            attend_self: self-attention; called with this block's module and x, or the norm of x.
-            attend_cross: cross-attention; called with this block's module and the rows after self-attention.
+            attend_self: computes self-attention; called with this block's module and x, or the norm of x.
+            attend_cross: computes cross-attention; called with this block's module and the rows after self-attention.
             select: for an `attend_self` that returns some rows only: selects the same rows of x.
             select_between: selects rows after self-attention, for `attend_cross` and all that follows.
             keys: (B, V, C), rows that `attend_self` attends to in place of x; with pre-norm they are normalised as x.
@@ -266,10 +266,11 @@ class CrossEncoder(nn.Module):
         first_row_only: bool = False,
         keys: Tensor | None = None,
     ) -> Tensor:
-        """x (B, L, C) attends to itself and to memory (B, M, C); masks bool (B, L) and (B, M), True = the row exists.
+        """Run the blocks: x (B, L, C) attends to itself and to memory (B, M, C). Returns (B, L, C).
 
-        Returns (B, L, C). With `first_row_only` it returns the first row (B, 1, C), and the last block computes no
-        other. With `keys` (B, V, C), x attends to these rows in every block, and not to itself.
+        key_mask and memory_mask are bool (B, L) and (B, M), True = the row exists; None = all exist. With
+        `first_row_only` it returns the first row (B, 1, C), and the last block computes no other. With `keys` (B, V,
+        C), x attends to these rows in every block, and not to itself.
         """
 
         def attend_self(attention: Attention, y: Tensor, keys: Tensor | None = None) -> Branch:
@@ -297,7 +298,7 @@ class CrossEncoder(nn.Module):
 
     @property
     def layers(self) -> list[CrossBlock]:
-        """The blocks, with their type."""
+        """The blocks as a list of `CrossBlock`."""
         return [block for block in self.blocks if isinstance(block, CrossBlock)]
 
 

@@ -61,7 +61,7 @@ from mvlm_kernels import gather_patches, masked_pixel_loss, place_tokens
 
 
 def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks | None, masked: Collection[str] = MASKED) -> Streams:
-    """Encode unmasked and masked inputs together, in one pass of each encoder."""
+    """Encode the unmasked and the masked images and captions of a batch, in one pass of each encoder."""
     if masks is None:
         v, w = encode_unmasked(model, batch)
         return Streams(v, None, w, None, make_caches(v, w))
@@ -87,7 +87,10 @@ def encode_pixels(model: MaskVLMNetwork, images: Tensor) -> Tensor:
 
 
 def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | None = None) -> Tensor:
-    """Encode projected patches (B, N, C), of which patch_ids int64 (B, K) are masked: (B, 1+N, C)."""
+    """Encode projected patches (B, N, C) to features (B, 1+N, C), [CLS] first.
+
+    patch_ids: int64 (B, K), masked patches; None: none is masked.
+    """
     encoder, total = model.image_encoder, patches.shape[1]
     if isinstance(encoder, TimmTower):
         return encoder.run(patches if patch_ids is None else encoder.hide(patches, masked_patches(patch_ids, total)))
@@ -101,7 +104,10 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
 
 
 def encode_visible(encoder: ImageEncoder, patches: Tensor, visible: Tensor) -> Tensor:
-    """Encode the projected patches (B, K, C) of the places visible int64 (B, K): (B, 1+K, C), [CLS] first."""
+    """Encode projected patches (B, K, C) alone to features (B, 1+K, C), [CLS] first.
+
+    visible: int64 (B, K), number of each of these patches in its image.
+    """
     placed = place_tokens(
         patches, encoder.mask_token, encoder.position, encoder.cls_token, visible_ids=visible
     )  # (B, 1+N, C)
@@ -122,9 +128,10 @@ def with_mask_tokens(encoder: ImageEncoder, x: Tensor, visible: Tensor) -> Tenso
 def encode_visible_images(
     model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor, rebuilds: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Encode the visible patches of images once, where patch_ids int64 (B, K) are masked.
+    """Encode only the visible patches of images, once, for the unmasked and the masked stream.
 
-    Returns v (B, 1+N-K, C), and vm (B, 1+N, C) with mask tokens in the other places, None unless `rebuilds`.
+    patch_ids: int64 (B, K), masked patches. Returns v (B, 1+N-K, C), and vm (B, 1+N, C) with mask tokens at the masked
+    patches, or None unless `rebuilds`.
     """
     encoder = model.image_encoder
     assert isinstance(encoder, ImageEncoder)
@@ -164,9 +171,9 @@ def project_patches(model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor | N
 
 
 def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Encode projected patches (B, N, C) unmasked and masked: v and vm, (B, 1+N, C) each.
+    """Encode projected patches (B, N, C) without and with masks. Returns v and vm, (B, 1+N, C) each.
 
-    patch_ids int64 (B, K) are masked; without them vm is None and costs nothing.
+    patch_ids: int64 (B, K), masked patches; without them vm is None and costs nothing.
     """
     if patch_ids is None or model.config.hides_by_dropping:
         return encode_patches(model, patches), None if patch_ids is None else encode_patches(model, patches, patch_ids)
@@ -182,9 +189,9 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
 
 
 def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: Tensor | None) -> tuple[PackedText, PackedText | None]:
-    """Encode captions unmasked and masked: w and wm.
+    """Encode captions without and with masks. Returns w and wm.
 
-    The tokens at hidden, int64 (M,), are masked; without them wm is None and costs nothing.
+    hidden: int64 (M,), positions of the masked tokens; without them wm is None and costs nothing.
     """
     if hidden is None:
         return encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length), None
@@ -225,9 +232,11 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
 def masked_patch_features(
     model: MaskVLMNetwork, vm: Tensor, text: KeyValueCache, masks: Masks, rebuilt: Tensor | None = None
 ) -> Tensor:
-    """Features (B, R, C) of masked patches, for the pixel head; vm (B, 1+N, C) attends to captions of the cache.
+    """Features (B, R, C) of masked patches, for the pixel head, by the image cross-modality encoder and the decoder.
 
     Args:
+        vm: (B, 1+N, C), features of the masked images, which attend to the captions.
+        text: cache of the captions.
         rebuilt: int64 (B, R), some of the masked patches. Default: all.
     """
     rows, keys = Residual(vm), None
@@ -298,7 +307,10 @@ def fuse_tokens(
 
 
 def _reading(tokens: Tensor, packing: Packing) -> "Selection":
-    """Selection of the rows `tokens` of a packing: int64 (M,), rising, or (R, A)."""
+    """`Selection` of some rows of a packing.
+
+    tokens: numbers of the rows, int64 (M,), ascending, or (R, A), A of each caption.
+    """
 
     def select(rows: Tensor) -> Tensor:
         return rows.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)  # (T, C) -> (M, C) or (R, A, C)
@@ -326,7 +338,7 @@ def _encode_pairs(
     rows: Tensor,
     pair_packing: Packing | None,
 ) -> Tensor:
-    """Encode R sequences of x, each with its partner in the cache: [CLS] (R, C).
+    """Encode R pairs by a cross-modality encoder: a sequence of x, and its partner in the cache. Returns [CLS] (R, C).
 
     Args:
         x: (B, L, C), or packed (T, C) with `packing`.
@@ -382,7 +394,7 @@ def encode_masked(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[Te
 def reconstruct(
     model: MaskVLMNetwork, vm: Tensor, wm: PackedText, v: Tensor, w: PackedText, batch: Batch, masks: Masks
 ) -> tuple[Tensor, Tensor]:
-    """Reconstruct masked tokens and patches: LM logits (M, V), and features (B, K, C) for the pixel head.
+    """Logits (M, V) of the LM head for masked tokens, and features (B, K, C) of masked patches for the pixel head.
 
     The masked captions wm attend to the images v (B, 1+N, C), the masked images vm (B, 1+N, C) to the captions w.
     """
@@ -392,17 +404,18 @@ def reconstruct(
 
 
 class Selection(NamedTuple):
-    """Some rows of a stream, in any order and with repetitions."""
+    """A choice of rows of a stream, in any order and with repetitions."""
 
     select: SelectRows
     packing: Packing | None = None
-    """Bounds of the sequences among the selected rows, if they are packed."""
+    """Bounds of the sequences among the selected rows; None if the rows are not packed."""
 
 
 def attend_self(packing: Packing | None, read: Selection | None = None) -> Attend:
-    """Make the self-attention of rows (B, L, C), or packed (T, C) with `packing`. With `read`, only its rows query.
+    """Make the function that computes a block's self-attention, of rows (B, L, C), or packed (T, C) with `packing`.
 
-    It may be called with keys (B, V, C): rows that (B, L, C) attends to in place of itself.
+    With `read`, only its rows are queries. The function may be called with keys (B, V, C): rows to attend to in place
+    of the rows themselves.
     """
 
     def attend(attention: Attention, y: Tensor, keys: Tensor | None = None) -> Branch:
@@ -428,9 +441,11 @@ def attend_self(packing: Packing | None, read: Selection | None = None) -> Atten
 def attend_cross(
     block: CrossBlock, packing: Packing | None, cache: KeyValueCache, key_index: Tensor | None = None
 ) -> Attend:
-    """Make the cross-attention of rows (R, L, C), or packed (T, C) with `packing`, to the sequences of a cache.
+    """Make the function that computes a block's cross-attention, to the sequences of a key/value cache.
 
-    key_index: int64 (R,), the partner of each sequence in the cache. None: sequence r attends to sequence r.
+    Args:
+        packing: layout of the rows that attend if they are packed (T, C); None for (R, L, C).
+        key_index: int64 (R,), the partner of each sequence in the cache. None: sequence r attends to sequence r.
     """
     # Not inside `attend`: activation checkpointing calls that again in backward. It would find the cache filled, and
     # recompute fewer tensors than the forward pass saved.

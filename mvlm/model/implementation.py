@@ -75,11 +75,11 @@ class Implementation(Protocol):
     def language_loss(
         self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
     ) -> tuple[Tensor, Tensor]:
-        """MLM and its accuracy, scalars: means over the batch's masked tokens."""
+        """MLM's loss and accuracy, two scalars: means over the batch's masked tokens."""
         ...
 
     def image_loss(self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
-        """MIM, a scalar: the mean over the batch's masked patches."""
+        """MIM's loss, a scalar: the mean over the batch's masked patches."""
         ...
 
     def fuse_pairs(

@@ -63,9 +63,9 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
 
 
 def check_inputs(config: MaskVLMConfig, batch: Batch, masks: Masks) -> None:
-    """Raise ValueError for a batch and masks of a loader that does not mask as configured, as far as shapes tell.
+    """Raise ValueError if the shapes of a batch and its masks are not those of a loader that masks as configured.
 
-    Evaluations may mask otherwise.
+    For training: evaluations may mask otherwise.
     """
     side, number = config.image_size, masks.patch_ids.shape[-1]
     if batch.images.shape[1:] != (3, side, side):

@@ -57,10 +57,10 @@ class LanguageHead(nn.Module):
 
 
 class PixelHead(nn.Linear):
-    """Linear layer from features (..., C) to MIM's predictions (..., 3*P*P), in the space of `mim_target`.
+    """Linear layer from features (..., C) to MIM's predictions (..., 3*P*P): pixels, or pixels normalised by patch.
 
-    With normalised targets a second layer predicts mean and standard deviation of each patch. It learns by their mean
-    absolute error, from features without gradient, so it changes no other parameter.
+    With the latter (`mim_target`) a second layer predicts mean and standard deviation of each patch. It learns by their
+    mean absolute error, from features without gradient, so it changes no other parameter.
     """
 
     def __init__(self, config: MaskVLMConfig) -> None:
@@ -68,7 +68,7 @@ class PixelHead(nn.Linear):
         self.statistics = nn.Linear(config.width, 2) if config.mim_target == "normalized" else None
 
     def target(self, pixels: Tensor) -> Tensor:
-        """Target of the predictions, from true normalised pixels; both (..., 3*P*P)."""
+        """Target of MIM's predictions, as `mim_target` says, from the true normalised pixels; both (..., 3*P*P)."""
         if self.statistics is None:
             return pixels
         mean, deviation = patch_statistics(pixels)
@@ -82,7 +82,7 @@ class PixelHead(nn.Linear):
         return mean + deviation.clamp(min=0) * predicted
 
     def statistics_gradient(self, x: Tensor, pixels: Tensor) -> Tensor:
-        """A scalar of value 0 with the gradient of the layer of statistics; 0 alone without that layer.
+        """A scalar 0 whose gradient trains the layer of mean and standard deviation; a plain 0 without that layer.
 
         x (..., C) are features, pixels (..., 3*P*P) true normalised pixels of the same patches.
         """
@@ -161,7 +161,7 @@ class MaskVLMNetwork(nn.Module):
         return PackedText(self.text_encoder(tokens, packing), packing)
 
     def check_captions(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> None:
-        """Raise ValueError for packed captions of another form, or longer than the model's texts."""
+        """Raise ValueError unless tokens are (T,), cu_seqlens (B+1,), and no caption is longer than the model's."""
         if tokens.ndim != 1 or cu_seqlens.ndim != 1 or not 0 < max_length <= self.config.text_length:
             raise ValueError(
                 f"tokens, cu_seqlens, max_length: wanted (T,), (B+1,) and at most {self.config.text_length}, "
@@ -234,6 +234,8 @@ class MaskVLMNetwork(nn.Module):
         """Features (B, R, C) of masked patches, for the pixel head.
 
         Args:
+            vm: (B, 1+N, C), features of the masked images.
+            w, key_mask: (B, L, C), features of the unmasked texts, and bool (B, L), True = a token.
             patch_ids: int64 (B, K), the masked patches.
             rebuilt: int64 (B, R), some of them. Default: all.
         """
@@ -251,7 +253,7 @@ class MaskVLMNetwork(nn.Module):
         return self.image_decoder(x, w, None, key_mask, keys=keys)
 
     def patch_targets(self, images: Tensor, patch_ids: Tensor) -> Tensor:
-        """True normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K)."""
+        """Normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K) of the images, as targets of MIM."""
         patches = patchify(self.image_encoder.normalize(images), self.config.patch_size)
         return patches.gather(1, patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 

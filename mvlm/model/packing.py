@@ -31,12 +31,12 @@ def round_up_length(length: int) -> int:
 
 
 def pad_to_bucket(batch: Batch, masks: Masks, text_length: int, buckets: int = 16) -> tuple[Batch, Masks]:
-    """Round the totals of a batch up, so that few shapes occur.
+    """Round the numbers of tokens and of masked tokens of a batch up, so that few shapes occur.
 
-    The number of tokens is rounded up to a multiple of B x text_length / `buckets`, and the number of masked
-    tokens to a multiple of a third of that. Both multiples are themselves rounded up to multiples of 16. The longest
-    length is rounded up by `round_up_length`, but not above `text_length`. The added tokens come after the last
-    caption. The added masked tokens point at them. Both are ignored.
+    The number of tokens is rounded up to a multiple of B x text_length / `buckets`, and the number of masked tokens to
+    a multiple of a third of that. Both multiples are themselves rounded up to multiples of 16. The longest length is
+    rounded up by `round_up_length`, but not above `text_length`. The added tokens come after the last caption. The
+    added masked tokens point at them. Both are ignored.
     """
     multiple = round_up(max(1, len(batch.image_id) * text_length // buckets), 16)
     total = len(batch.tokens)
@@ -58,11 +58,11 @@ def eager_buckets(device: torch.device, precision: str) -> int:
 
 
 def room_for(packing: "Packing", texts: Tensor, max_rows: int | None, dtype: torch.dtype) -> int:
-    """Rows for the captions texts int64 (R,) of a packing: at least as many as they have together, a host number.
+    """Number of rows to allocate for the captions texts int64 (R,) of a packing: at least their tokens, a Python int.
 
-    Only the device knows how many these are. Asking costs nothing on a CPU; products in bf16 get the number rounded up.
-    On a GPU asking would be a sync, so an upper bound is taken there: R of the longest length, and no more than
-    `max_rows`, if given.
+    Only the device knows how many tokens they have. Asking costs nothing on a CPU; products in bf16 get the number
+    rounded up. On a GPU asking would be a sync, so an upper bound is taken there: R of the longest length, and no more
+    than `max_rows`, if given.
     """
     if texts.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = int(packing.lengths.index_select(0, texts).sum())
@@ -72,7 +72,10 @@ def room_for(packing: "Packing", texts: Tensor, max_rows: int | None, dtype: tor
 
 
 def _pad(x: Tensor, added: int, value: int = 0) -> Tensor:
-    """A list with so many elements more. It is pinned if `x` is, so that its copy to a GPU does not wait."""
+    """Append `added` elements of a value to a 1-D tensor.
+
+    The result is pinned if `x` is: its copy to a GPU does not wait.
+    """
     padded = x.new_full((len(x) + added,), value, pin_memory=x.is_pinned())
     padded[: len(x)].copy_(x)
     return padded
@@ -100,7 +103,7 @@ def pack_two(tokens: Tensor, others: Tensor, cu_seqlens: Tensor, max_length: int
 
 
 def second_of_two(x: Tensor, packing: "Packing") -> "PackedText":
-    """Features of the second of two packed copies, x (2T, C)."""
+    """Features of the second of two copies of the captions, from those of both, x (2T, C), packed by `pack_two`."""
     captions, total = len(packing) // 2, packing.total // 2
     cu_seqlens = packing.cu_seqlens[captions:] - packing.cu_seqlens[captions]
     rows = packing.cu_seqlens[captions].long() + torch.arange(total, device=x.device)
@@ -193,7 +196,7 @@ class PackedText(NamedTuple):
     """Bounds of the captions among the rows."""
 
     def first(self) -> Tensor:
-        """[CLS] of each caption: (B, 1, C)."""
+        """Features of the [CLS] of each caption: (B, 1, C)."""
         return self.rows.index_select(0, self.packing.cu_seqlens[:-1]).unsqueeze(1)
 
     def padded(self) -> tuple[Tensor, Tensor]:

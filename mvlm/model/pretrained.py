@@ -174,18 +174,18 @@ BLOCKS = {
     "cross_layers": "image_cross",
     "decoder_layers": "image_decoder",
 }
-"""Settings that count blocks, and a module with so many of them."""
+"""Settings of a model that count blocks -> a module that has so many."""
 WORDS, TEXT, IMAGE = "text_encoder.words.weight", "text_encoder.position", "image_encoder.position"
 PATCHES, EMBEDDING = "image_encoder.patch_projection.weight", "image_projection.weight"
 
 
 def check_sizes(config: MaskVLMConfig, header: Mapping[str, Shape], file: Path, where: Path) -> None:
-    """Raise RunError unless the tensors in a file's `header` are those of a network of this configuration.
+    """Raise RunError unless the tensors of a file of weights have the names and shapes of this configuration's network.
 
     Further tensors are allowed.
 
     Args:
-        header: names and shapes.
+        header: names and shapes of the tensors.
         file: the file of the settings, for the error, which names settings with another size than the weights have.
         where: the file or folder of the weights, for the error.
     """
@@ -210,7 +210,7 @@ def check_sizes(config: MaskVLMConfig, header: Mapping[str, Shape], file: Path, 
 
 
 def stored_sizes(header: Mapping[str, Shape]) -> dict[str, Any]:
-    """Settings of the model that names and shapes of its tensors show, by their names in `MaskVLMConfig`."""
+    """Settings of `MaskVLMConfig` that follow from names and shapes of a model's tensors: name -> value."""
     sizes: dict[str, Any] = {}
     if len(words := header.get(WORDS, ())) == 2:
         sizes |= {"vocab_size": words[0], "width": words[1]}

@@ -15,7 +15,7 @@ Block = ImageBlock | TextBlock | CrossBlock
 
 
 def shadow_weights(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Shadows | None:
-    """Copies of the linear layers of our blocks, for the fast implementation under autocast of this dtype.
+    """Shadow weights, copies in `dtype`, of the linear layers of our blocks, which the fast implementation reads.
 
     None for sharded parameters: FSDP2 gathers them in the dtype of products. Weights with an adapter have no copy, as
     they are computed in every step, nor have blocks of towers, which run the code of other libraries.
@@ -29,12 +29,15 @@ def shadow_weights(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Sha
 
 
 def using(shadows: Shadows | None) -> AbstractContextManager[None]:
-    """Context of the forward and backward passes of a step: the copies are made and read, if there are any."""
+    """Context of the forward and backward passes of a step, in which the shadow weights, if any, are made and read."""
     return nullcontext() if shadows is None else shadows.in_use()
 
 
 def _stacks(block: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Parameters of a block: together those of queries, keys and values, which one product may read."""
+    """Parameters of a block in groups, each of which gets its copy in one piece of memory.
+
+    Those of queries, keys and values are together, as one matrix product may read them.
+    """
     for module in block.modules():
         if isinstance(module, Attention):
             for name in ("weight", "bias"):
@@ -45,7 +48,10 @@ def _stacks(block: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def _read_under_autocast(block: Block) -> list[nn.Parameter]:
-    """Parameters of a block that torch's linear layer reads."""
+    """Parameters of a block whose copies stand for autocast's casts (`mvlm_kernels.shadows.under_autocast`).
+
+    Their gradients are converted together.
+    """
     found: list[nn.Parameter] = []
     for module in block.modules():
         if isinstance(module, Attention):
@@ -58,12 +64,12 @@ def _read_under_autocast(block: Block) -> list[nn.Parameter]:
 
 
 def _of_last(layer: nn.Linear) -> list[nn.Parameter]:
-    """Parameters of a layer that `mvlm.model.attention.project` reads in the dtype of products."""
+    """Parameters of a sub-layer's last linear layer of which `mvlm.model.attention.project` reads copies."""
     later = adds_bias_later(next(layer.parameters()).device)
     return _parameters(layer, *(["weight"] if later else ["weight", "bias"]))
 
 
 def _parameters(layer: nn.Linear, *names: str) -> list[nn.Parameter]:
-    """Parameters of a layer with these names. A weight with an adapter is none."""
+    """Parameters of a layer with these names. The weight of a layer with an adapter is left out."""
     found = dict(layer.named_parameters(recurse=False))
     return [found[name] for name in names if name in found]

@@ -92,17 +92,14 @@ def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor | None) ->
 
 
 def contrastive_sums(logits: Tensor, targets: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sums of one direction of ITC over a block of rows: loss, and number of correct rows.
+    """Sums of one direction of ITC over a block of rows: loss, and number of correct rows. Two scalars.
 
-    The sums of both directions, divided by twice the pairs, are `contrastive_loss`.
+    The sums of both directions, divided by twice the number of pairs, are `contrastive_loss`.
 
     Args:
         logits: (Q, G).
         targets: int64 (Q,), column of each row's true partner.
         bias: (1,), for the sigmoid loss; None for InfoNCE.
-
-    Returns:
-        Two scalars.
     """
     # The loss first: where backward computes a block again, it ends with the last tensor that backward reads.
     if bias is None:

@@ -33,10 +33,11 @@ rank. With equal logits at most 9 of 131,072 pairs draw one image. The limit is 
 
 
 def limit_pairs_per_negative(columns: Tensor, most: int = MAX_PAIRS_PER_NEGATIVE) -> Tensor:
-    """Limit how many pairs have one negative. columns int64 (G,): the column that each of rows 0 to G - 1 drew.
+    """Limit how many pairs have the same negative. columns int64 (G,): the column that each of rows 0 to G - 1 drew.
 
     Of the rows that drew a column, the first `most` keep it. Each of the others gets its own index, which stands for no
-    negative (`drawn_weights`). The order of rows is the loader's random order, so none is preferred.
+    negative (`drawn_weights`). The order of rows is the loader's random order, so none is preferred. Returns the
+    columns, int64 (G,).
     """
     if len(columns) <= most:
         return columns
@@ -48,7 +49,10 @@ def limit_pairs_per_negative(columns: Tensor, most: int = MAX_PAIRS_PER_NEGATIVE
 
 
 def drawn_weights(columns: Tensor, rows: Tensor) -> Tensor:
-    """Weights float32 (Q,) of columns int64 (Q,) that rows int64 (Q,) drew: 0 if a row has its own index, else 1."""
+    """Weights of drawn negatives, float32 (Q,): 0 for a row whose column is its own index, which stands for none, or 1.
+
+    columns, rows: int64 (Q,), the column that each row drew, and the index of the row.
+    """
     return (columns != rows).float()
 
 
@@ -62,15 +66,15 @@ class Negatives(NamedTuple):
     texts: Tensor
     """int64 (n,), drawn captions, as columns of the logits."""
     text_weights: Tensor
-    """float32 (n,), 1 or 0."""
+    """float32 (n,), 1, or 0 for an image without a drawn caption."""
     images: Tensor
     """int64 (n,), drawn images, as columns of the transposed logits."""
     image_weights: Tensor
-    """float32 (n,), 1 or 0."""
+    """float32 (n,), 1, or 0 for a caption without a drawn image."""
 
 
 class NegativeSampling(NamedTuple):
-    """Sampling of negatives among G pairs: identities of the pairs, and seed and step of the noise."""
+    """Sampling of negatives among G pairs: ids of their images and captions, and the seed and the step of the noise."""
 
     image_id: Tensor
     """int64 (G,), equal for pairs with the same image."""
@@ -98,11 +102,14 @@ class NegativeSampling(NamedTuple):
         return torch.where(admissible.any(dim=1), drawn, rows)
 
     def noise_keys(self) -> Tensor:
-        """Keys of the noise of both directions, int64 (2,), for `mvlm_kernels.contrastive_terms`."""
+        """Keys of the Gumbel noise of both directions, int64 (2,), for `mvlm_kernels.contrastive_terms`."""
         return torch.stack([noise_key(self.seed, self.step, direction, self.image_id.device) for direction in (0, 1)])
 
     def limited(self, texts: Tensor, images: Tensor) -> Negatives:
-        """Negatives of all G pairs from the drawn captions and images int64 (G,)."""
+        """Negatives of all G pairs, at most `MAX_PAIRS_PER_NEGATIVE` pairs with the same one.
+
+        texts, images: int64 (G,), the caption that each image drew, and the image that each caption drew.
+        """
         texts, images = limit_pairs_per_negative(texts), limit_pairs_per_negative(images)
         rows = torch.arange(len(texts), device=texts.device)
         return Negatives(texts, drawn_weights(texts, rows), images, drawn_weights(images, rows))
@@ -127,9 +134,10 @@ class MatchingPairs(NamedTuple):
 
 
 def matching_pairs(negatives: Negatives, first_image: int = 0, first_text: int = 0) -> MatchingPairs:
-    """Make the ITM pairs of n true pairs and their negatives, which are rows of the same features.
+    """Make the 3n ITM pairs of n true pairs and their negatives.
 
-    The n pairs' own features are rows first_image to first_image + n - 1, and in the same way for captions.
+    Features of images are rows of one tensor: those of the n true pairs begin at row first_image, and
+    `negatives.images` are rows too. In the same way for captions.
     """
     own = torch.arange(len(negatives.texts), device=negatives.texts.device)
     images, texts = own + first_image, own + first_text

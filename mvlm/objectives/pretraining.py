@@ -34,7 +34,10 @@ from mvlm_kernels import ContrastiveTerms, contrastive_terms
 
 @dataclass(frozen=True)
 class MLM(MicrobatchObjective):
-    """Mean cross-entropy over masked tokens. Accuracy: the share whose true token has the largest logit."""
+    """Masked language modelling: mean cross-entropy over masked tokens.
+
+    Accuracy: the share of these tokens that have the largest logit.
+    """
 
     name, accuracies, curve = "mlm", ("mlm_accuracy",), "MLM, nats per masked token"
     rebuilds, trains = "masked_text", ("text_cross", "language_head")
@@ -50,7 +53,7 @@ class MLM(MicrobatchObjective):
 
 @dataclass(frozen=True)
 class MIM(MicrobatchObjective):
-    """Mean absolute error over masked pixels, of which every microbatch has equally many."""
+    """Masked image modelling: mean error over masked pixels, absolute or squared, as the model is configured."""
 
     name, curve, beside = "mim", "MIM, L1 of masked pixels", "features"
     rebuilds, trains = "masked_image", ("image_cross", "image_decoder", "pixel_head")
@@ -61,7 +64,7 @@ class MIM(MicrobatchObjective):
 
 @dataclass(frozen=True)
 class ITC(BatchObjective):
-    """Mean contrastive loss of both directions: InfoNCE or the sigmoid loss, as the model is configured.
+    """Image-text contrast: mean contrastive loss of both directions, InfoNCE or the sigmoid loss, as configured.
 
     Accuracy: the share of images and captions whose true partner is the nearest in the batch. The loss with masked
     captions, if it is configured, counts as much as the other. ITM's negatives are drawn from the logits.
@@ -103,9 +106,14 @@ class ITC(BatchObjective):
         return (image_loss + text_loss) / total, (image_correct + text_correct) / total
 
     def _shares_of_blocks(self, features: Features, image: str, text: str, draw: bool) -> tuple[Tensor, Tensor]:
-        """`_shares` where the logits of both directions would come in blocks, each computed twice in each direction.
+        """Share of the loss and of the accuracy, by `contrastive_terms`, for logits that come in several blocks.
 
-        `contrastive_terms` computes each block once a pass. Its digits are others, so a smaller batch keeps the sums.
+        It computes each block once in forward and once in backward, for both directions. `_shares` would do so for each
+        direction. It rounds differently, so smaller batches keep `_shares`.
+
+        Args:
+            image, text: names of the streams that are compared.
+            draw: also draw ITM's negatives.
         """
         layout, sampling, model = features.step.layout, features.step.sampling, features.model
         own, bias = features.gather(image, text), None if self.shared_positives else model.logit_bias
@@ -129,8 +137,11 @@ class ITC(BatchObjective):
 
 
 def _columns_of_all_ranks(terms: ContrastiveTerms, layout: GlobalBatchLayout) -> tuple[Tensor, Tensor]:
-    """Largest logit of each column over the rows of all ranks, and largest of its right pairs (2, G), and the row that
-    it draws, int64 (G,): of equal scores the first."""
+    """Combine what each rank knows of the columns of ITC's logits, of which it has some rows.
+
+    Returns float (2, G): the largest logit of each column, and the largest of its right pairs; and int64 (G,): the row
+    that the column draws as a negative, of equal scores the first.
+    """
     largest = all_reduce(torch.cat([terms.column_best, terms.column_score[None]]), layout, "max").wait()
     of_largest = torch.where(terms.column_score == largest[2], terms.column_drawn, layout.total)
     return largest[:2], all_reduce(of_largest, layout, "min").wait()
@@ -138,7 +149,7 @@ def _columns_of_all_ranks(terms: ContrastiveTerms, layout: GlobalBatchLayout) ->
 
 @dataclass(frozen=True)
 class ITM(NegativesObjective):
-    """Mean cross-entropy of match or not, over each true pair and two drawn ones. It needs ITC.
+    """Image-text matching: mean cross-entropy of match or not, over each true pair and two drawn ones. It needs ITC.
 
     Accuracy: the share of pairs that are classified correctly.
     """
@@ -159,10 +170,10 @@ class ITM(NegativesObjective):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KeepStart(BatchObjective):
-    """Distance of a model's embeddings to those of the model that it started from, which does not learn.
+    """Distance of a model's contrastive embeddings from those of its initial model, which is frozen (--keep-start).
 
-    It is the KL divergence of ITC's probabilities from the start's, each at its own temperature, and the squared
-    distance of embeddings: means over the batch, and of both directions and both modalities.
+    It is the KL divergence of ITC's probabilities from the initial model's, each at its own temperature, and the
+    squared distance of embeddings: means over the batch, and of both directions and both modalities.
     """
 
     name, reported = "kept", False
@@ -191,7 +202,7 @@ class KeepStart(BatchObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnLoss(MicrobatchObjective):
-    """The value of a user's function of `Features`, a scalar; the mean of the microbatches, where there are several.
+    """Objective of a user's function of `Features`, which returns a scalar; the mean over microbatches.
 
     It may read all four streams, and train any part of the network.
     """
@@ -213,6 +224,6 @@ ALL: tuple[Objective, ...] = (MLM(), MIM(), ITC(), ITM())
 
 
 def objectives_of(config: ObjectiveSettings) -> tuple[Objective, ...]:
-    """The objectives of a run, with its weights. One that is off by default and has no weight leaves no trace."""
+    """Objectives of a run with its weights. One that is off by default and has weight 0 is left out."""
     found = [kind(config.objective_weights[kind.name]) for kind in OBJECTIVES]
     return tuple(x for x in found if x.weight or getattr(ObjectiveSettings, f"{x.name}_weight"))

@@ -36,13 +36,14 @@ MAX_LOGITS = 1 << 24
 """Largest number of logits in memory at a time: 64 MiB in fp32, for any number of ranks. Every further block of rows
 reads the embeddings of all pairs again."""
 Microbatch = tuple[Batch, Masks | None]
-"""Batch and masks of a microbatch. None: nothing is masked or dropped, for objectives that compare pairs alone."""
+"""Batch and masks of a microbatch. Masks of None: nothing is masked or dropped, for objectives that compare pairs
+alone."""
 Shares = dict[str, Tensor]
 """Shares of losses and accuracies by name: scalars."""
 TRANSFERS = ("embeddings", "features", "nothing")
-"""Stages of the traffic between ranks, in order: embeddings for ITC, features for ITM, then nothing more."""
+"""Stages of the traffic between ranks in a step, in order: embeddings for ITC, features for ITM, then nothing more."""
 ANY_PART = ("any part",)
-"""`trains` of an objective that may train any part of the network: nobody knows which one it uses."""
+"""Value of `Objective.trains` for an objective that may train any part of the network, nobody knows which."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Objective:
     name: ClassVar[str]
     """Name of its loss in `Losses` and in the rows of metrics; `NAME_weight` is its setting."""
     accuracies: ClassVar[tuple[str, ...]] = ()
-    """Names of further values that it computes beside the loss."""
+    """Names of further values, such as an accuracy, that it computes beside the loss."""
     curve: ClassVar[str] = ""
     """Title of its curve in reports, with the unit."""
     reported: ClassVar[bool] = True
-    """False leaves its loss out of `Losses`, but not out of the total."""
+    """True if its loss is in `Losses`. If False it is only a term of the total."""
     trains: ClassVar[tuple[str, ...]] = ()
     """Modules and parameters of the network that it trains beside the encoders. `ANY_PART` if it may train any of them.
 
@@ -71,16 +72,16 @@ class Objective:
     """
 
     def reads(self, config: MaskVLMConfig) -> Sequence[str]:
-        """Fields of `Streams` that it reads. The unmasked ones are always there."""
+        """Fields of `Streams` that the objective reads. The unmasked streams are always there and need not be named."""
         return ()
 
     def named(self, values: Iterable[Tensor]) -> Shares:
-        """Values of the objective by name: its loss, then its accuracies, in the order of `values`."""
+        """Name the values of the objective: its loss, then its accuracies, in the order of `values`."""
         return dict(zip((self.name, *self.accuracies), values, strict=True))
 
 
 class MicrobatchObjective(Objective):
-    """An objective whose loss is a mean over parts of a batch that are computed alone, as MLM and MIM are."""
+    """An objective whose loss is a mean over terms that each microbatch computes alone, such as MLM and MIM."""
 
     rebuilds: ClassVar[str | None] = None
     """Masked stream that it rebuilds from the other modality, "masked_image" or "masked_text", if any."""
@@ -91,16 +92,16 @@ class MicrobatchObjective(Objective):
         return () if self.rebuilds is None else MASKED if config.mask_partner else (self.rebuilds,)
 
     def count(self, batch: Batch, masks: Masks | None) -> Tensor | None:
-        """Number of terms that the mean over a microbatch has, a float64 scalar; None if all have equally many."""
+        """Number of terms in the mean over a microbatch, a float64 scalar; None if it is the same for all."""
         return None
 
     def means(self, features: "Features") -> Sequence[Tensor]:
-        """The loss and its accuracies on one microbatch: means, scalars."""
+        """Loss and accuracies on one microbatch: scalars, means over its terms."""
         raise NotImplementedError
 
 
 class BatchObjective(Objective):
-    """An objective of all pairs of the global batch, as ITC is.
+    """An objective that needs all pairs of the global batch, such as ITC.
 
     By default it compares each image with all captions, and reads gathered embeddings. One that needs only sums over
     the pairs, such as a correlation of embeddings, returns no `views`, and takes `Features.embed` and
@@ -112,7 +113,7 @@ class BatchObjective(Objective):
     """True if it draws negatives, and leaves them in `Features.draws`."""
 
     def views(self, config: MaskVLMConfig) -> Sequence[tuple[str, str]]:
-        """Streams whose embeddings it compares: "image" or "masked_image", with "text" or "masked_text"."""
+        """Pairs of streams whose embeddings it compares: "image" or "masked_image", with "text" or "masked_text"."""
         return [("image", "text")]
 
     def reads(self, config: MaskVLMConfig) -> Sequence[str]:
@@ -131,7 +132,7 @@ class BatchObjective(Objective):
 
 
 class NegativesObjective(Objective):
-    """An objective of pairs and of drawn negatives, as ITM is. It needs an objective that draws them."""
+    """An objective of true pairs and of drawn negatives, such as ITM. It needs another objective that draws them."""
 
     def shares(self, model: MaskVLMNetwork, implementation: Implementation, pairs: PairFeatures) -> Sequence[Tensor]:
         """Shares of the loss and its accuracies, scalars, from the pairs of one microbatch."""
@@ -139,10 +140,11 @@ class NegativesObjective(Objective):
 
 
 class Embeddings:
-    """Embeddings of a rank's n pairs, of unit length, image and text (n, E) each, and those of all ranks.
+    """Contrastive embeddings of a rank's n pairs, image and text (n, E) each, of unit length, and those of all ranks.
 
     Those of all ranks are gathered in one collective, in the dtype in which the step computes. Gradients travel in
-    their own dtype. With `captions_alone` only the captions are, and the images when they are asked for.
+    their own dtype. With `captions_alone` only the captions are gathered at first, and the images when they are asked
+    for.
     """
 
     def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout, captions_alone: bool = False) -> None:
@@ -159,14 +161,14 @@ class Embeddings:
         return AsyncOp(x, lambda: rows.wait().to(x.dtype), lambda grad: reduce_scatter(grad, layout))
 
     def gathered(self) -> tuple[Tensor, ...]:
-        """Images and captions of all ranks, (G, E) each, with gradients."""
+        """Embeddings of the images and of the captions of all ranks, (G, E) each, with gradients."""
         if not self._all:
             alone = self._captions_alone
             self._all = (self._gather(self.image).wait(), self.captions()) if alone else self._op.wait().chunk(2, dim=1)
         return self._all
 
     def captions(self) -> Tensor:
-        """Captions of all ranks (G, E), with gradients."""
+        """Embeddings of the captions of all ranks, (G, E), with gradients."""
         if self._all or not self._captions_alone:
             return self.gathered()[1]
         if self._captions is None:
@@ -176,18 +178,19 @@ class Embeddings:
 
 @dataclass(eq=False)
 class Features:
-    """Features, embeddings and draws of one microbatch, or of all of a rank, which objectives turn into losses."""
+    """Outputs of the encoders from which objectives compute losses, of one microbatch or of all of a rank."""
 
     step: "Step"
     """The step: its `seed`, its `number`, the `layout` of the global batch, and the `implementation` that encodes."""
     model: MaskVLMNetwork
     """The network, for its heads."""
     microbatches: Sequence[tuple[Batch, Any]]
-    """Batch and masks of each microbatch: one for a `MicrobatchObjective`, all of this rank for a `BatchObjective`."""
+    """(batch, masks) of each microbatch: one for a `MicrobatchObjective`, all of this rank for a `BatchObjective`."""
     all_streams: Sequence[Streams]
     """Features of all patches and tokens of each microbatch, before the two streams are fused."""
     draws: Tensor = field(init=False)
-    """int64 (n, 2), global indices of a caption drawn for each image, and of an image for each caption."""
+    """int64 (n, 2), global indices of the caption drawn for each of n images, and of the image drawn for each caption.
+    """
     _embeddings: dict[str, Tensor] = field(default_factory=dict, init=False)
     _gathered: dict[tuple[str, str], Embeddings] = field(default_factory=dict, init=False)
 
@@ -204,7 +207,7 @@ class Features:
 
     @property
     def text(self) -> Tensor | None:
-        """Contrastive embeddings of the captions (n, E), likewise."""
+        """Contrastive embeddings of the captions (n, E), of unit length; None if no objective compares pairs."""
         return self.embed("text") if self.step.of_batch else None
 
     def embed(self, stream: str) -> Tensor:
@@ -217,12 +220,15 @@ class Features:
         return self._embeddings[stream]
 
     def views(self, objective: BatchObjective) -> list[tuple[str, str]]:
-        """Views of an objective, but for those of masked streams if nothing is masked."""
+        """Pairs of streams that an objective compares (`BatchObjective.views`); masked ones only if there are masks."""
         views = objective.views(self.model.config)
         return [view for view in views if None not in (getattr(self.all_streams[0], name) for name in view)]
 
     def gather(self, image: str = "image", text: str = "text") -> Embeddings:
-        """Embeddings of two streams. The first call starts to gather them."""
+        """Embeddings of two streams, of this rank and of all.
+
+        The first call for these streams starts to gather them.
+        """
         if (image, text) not in self._gathered:
             self._gathered[image, text] = Embeddings(
                 self.embed(image), self.embed(text), self.step.layout, captions_alone=self.in_blocks
@@ -230,7 +236,7 @@ class Features:
         return self._gathered[image, text]
 
     def global_sum(self, x: Tensor) -> Tensor:
-        """Sum over all ranks of x, which is a sum over this rank's pairs, of any shape; of all its microbatches.
+        """Sum of x over all ranks, where x, of any shape, is this rank's sum over its pairs in all microbatches.
 
         Gradients of the sum return to the x of every rank. ValueError in a `MicrobatchObjective` of a step with several
         microbatches, which sees one of them at a time.
@@ -246,7 +252,7 @@ class Features:
 
     @property
     def rows_at_a_time(self) -> int:
-        """Rows of this rank's logits with all pairs that are in memory at a time."""
+        """Number of rows of the logits, this rank's pairs against all pairs, that are in memory at a time."""
         layout = self.step.layout
         return layout.pairs if layout.alone else max(1, MAX_LOGITS // layout.total)
 
@@ -304,7 +310,7 @@ def _join(values: list[Tensor]) -> Tensor:
 
 
 class Step:
-    """One training step: its objectives, and this rank's place in the global batch.
+    """One training step on one rank: its objectives, and the place of the rank in the global batch.
 
     Args:
         seed: seed of the negatives.
@@ -332,7 +338,7 @@ class Step:
         if len(set(names)) < len(names) or (self.of_negatives and not any(x.draws for x in self.of_batch)):
             raise ValueError(f"objectives: wanted each once, and ITC with ITM, got {', '.join(names)}")
         self.names = [x.name for x in self.computed] + [name for x in self.computed for name in x.accuracies]
-        """Names of all shares: losses, then accuracies."""
+        """Names of all losses and accuracies that are computed: losses first."""
         self.seed, self.number = seed, number
         if self.of_batch:
             # Every rank needs the ids of all pairs, to exclude true matches from the negatives, and the lengths of all
@@ -346,12 +352,12 @@ class Step:
 
     @property
     def sampling(self) -> NegativeSampling:
-        """Identities of all pairs, and the noise of the negatives."""
+        """Sampling of negatives, with the ids of all pairs of the global batch."""
         image_id, text_id, _ = self._ids.wait().unbind(1)
         return NegativeSampling(image_id, text_id, self.seed, self.number)
 
     def reads(self, config: MaskVLMConfig, objectives: Iterable[Objective] | None = None) -> set[str]:
-        """Fields of `Streams` that objectives read, by default all that are computed."""
+        """Fields of `Streams` that some objectives read, by default all that are computed."""
         return {name for x in (self.computed if objectives is None else objectives) for name in x.reads(config)}
 
     def start_gather(self, features: Features) -> None:
@@ -361,7 +367,7 @@ class Step:
                 features.gather(*view)
 
     def exchange(self, features: Features) -> FeatureExchange:
-        """Exchange of the features of the drawn negatives, under the step's autocast."""
+        """Start the exchange of the features of drawn negatives between ranks. Call it under the step's autocast."""
         return FeatureExchange(features.draws, self.sampling, self._ids.wait()[:, 2], features.all_streams, self.layout)
 
     def shares(self, features: Features) -> Shares:
@@ -380,7 +386,10 @@ class Step:
         return found | self.microbatch_shares(features, TRANSFERS[2:])
 
     def microbatch_shares(self, features: Features, beside: Sequence[str] = TRANSFERS) -> Shares:
-        """Shares of the objectives of a microbatch; of those that are computed beside some transfers."""
+        """Shares of the losses and accuracies of `MicrobatchObjective`s, from one microbatch.
+
+        beside: take only objectives that run beside one of these transfers (`MicrobatchObjective.beside`).
+        """
         found: Shares = {}
         for objective in (x for x in self.of_microbatch if x.beside in beside):
             means, number = objective.means(features), self.layout.ranks * self.layout.microbatches
@@ -394,37 +403,40 @@ class Step:
         return found
 
     def batch_shares(self, features: Features) -> Shares:
-        """Shares of the objectives of the global batch. ITC draws negatives."""
+        """Shares of the losses and accuracies of `BatchObjective`s, from all microbatches. ITC draws the negatives."""
         found = [x.named(x.shares(features)) for x in self.of_batch]
         return {name: share for shares in found for name, share in shares.items()}
 
     def negatives_shares(self, model: MaskVLMNetwork, pairs: PairFeatures) -> Shares:
-        """Shares of the objectives of negatives, from the pairs of one microbatch."""
+        """Shares of the losses and accuracies of `NegativesObjective`s, from the pairs of one microbatch."""
         found = [x.named(x.shares(model, self.implementation, pairs)) for x in self.of_negatives]
         return {name: share for shares in found for name, share in shares.items()}
 
     def total(self, shares: Shares, zero: Tensor) -> Tensor:
-        """Weighted sum of the losses among some shares, a scalar."""
+        """Weighted sum of the losses that are in `shares`, a scalar. zero: scalar 0 to start from."""
         losses = [(x.weight, shares[x.name]) for x in self.computed if x.name in shares]
         # A factor of 1 would add a product to the graph and change nothing.
         return sum((loss if weight == 1 else weight * loss for weight, loss in losses), zero)
 
     def losses(self, shares: Shares, zero: Tensor) -> Losses:
-        """Losses from the shares of all ranks and microbatches together. An objective of weight 0 has `zero`."""
+        """Losses of the global batch, from shares added up over all ranks and microbatches.
+
+        zero: value for an objective of weight 0.
+        """
         reported = [x for x in self.objectives if x.reported]
         found = {x.name: shares.get(x.name, zero) for x in reported} | {"total": self.total(shares, zero)}
         return Losses(found | {name: shares.get(name, zero) for x in reported for name in x.accuracies})
 
 
 def computed(objectives: Iterable[Objective]) -> list[Objective]:
-    """The objectives of some weight; and one that draws negatives, whatever its weight, if another needs them."""
+    """Objectives with a weight above 0, and one that draws negatives, whatever its weight, if another needs them."""
     found = list(objectives)
     drawn = any(isinstance(x, NegativesObjective) and x.weight > 0 for x in found)
     return [x for x in found if x.weight > 0 or (drawn and isinstance(x, BatchObjective) and x.draws)]
 
 
 def idle_parameters(model: MaskVLMNetwork, objectives: Iterable[Objective]) -> list[nn.Parameter]:
-    """Parameters that no objective of some weight trains."""
+    """Parameters of the model that no objective with a weight above 0 trains."""
     users = computed(objectives)
     if any(user.trains == ANY_PART for user in users):
         return []

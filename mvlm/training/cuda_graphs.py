@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 Inputs = TypeVar("Inputs", Batch, Masks)
 
 Bucket = tuple[Any, ...]
-"""Properties that all steps of one graph share: shapes of the tensors of batch and masks, and numbers on the host,
-such as the longest caption."""
+"""Key of a CUDA graph: shapes of the tensors of batch and masks, and their Python numbers, such as the longest caption.
+"""
 Step = Callable[[list[tuple[Batch, Masks]], Tensor], Losses]
 """step(microbatches, number): sets the gradients and returns the losses, detached scalars. number: of the update, int64
 () on the device."""
 Capture = Callable[[Callable[[], Losses]], tuple[Callable[[], None], Losses]]
-"""capture(function): records a function without arguments, and returns how to run what was recorded, and the outputs
-that each run fills."""
+"""capture(function): records the GPU work of a function without arguments. Returns a function that runs what was
+recorded, and the outputs that each run fills."""
 
 
 def check_graphs(config: PretrainConfig, world: World) -> None:
@@ -49,11 +49,12 @@ def check_graphs(config: PretrainConfig, world: World) -> None:
 
 
 class CudaGraphs:
-    """Steps by bucket: eager at a bucket's first batch, captured at its second, replayed from then on.
+    """Training steps that are replayed from CUDA graphs, one graph for each bucket of input shapes.
 
-    A bucket is what a graph cannot change: the shapes of the inputs, and the longest caption. Batches of
-    `mvlm.model.packing.pad_to_bucket` have few of them. A bucket beyond MAX_GRAPHS stays eager.
-    If a capture fails, no further graph is made, and a warning says why. Those made before are still replayed.
+    A step runs eagerly at a bucket's first batch, is captured at its second, and is replayed from then on. A bucket is
+    what a graph cannot change: the shapes of the inputs, and the longest caption. Batches of
+    `mvlm.model.packing.pad_to_bucket` have few of them. A bucket beyond MAX_GRAPHS stays eager. If a capture fails, no
+    further graph is made, and a warning says why. Those made before are still replayed.
 
     Args:
         step: the eager step. It is called with other tensors of the same shapes, and must not wait for the device.
@@ -165,7 +166,7 @@ def _leave_capture(stream: Any, pool: Any) -> None:
 
 
 def tensors_of(inputs: Batch | Masks) -> dict[str, Tensor]:
-    """Tensors of a batch or of masks by field."""
+    """Fields of a batch or of masks that are tensors, by name."""
     values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 

@@ -21,10 +21,10 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def extended(config: Config) -> Config:
-    """The settings with the end of `extend_to`, and a line on what the learning rate does from there.
+    """Settings of a resumed run whose end `--extend-to` moves; the settings as they are without that flag.
 
-    The same command again, as torchrun gives it after a restart, extends nothing. ConfigError if there is no such run
-    to extend, or if it ends later.
+    A line of the log says how the learning rate goes on. The same command again, as torchrun gives it after a restart,
+    extends nothing. ConfigError if there is no such run to extend, or if it ends later.
     """
     end = config.extend_to
     if end is None:
@@ -53,7 +53,7 @@ def extended(config: Config) -> Config:
 
 
 def describe(config: RunConfig) -> str:
-    """The course of the learning rate in the last part of a run, in words."""
+    """Say in words how the learning rate goes in the last part of a run."""
     start, end = max(config.extensions, default=0), config.max_steps
     last = f"to {100 * config.lr_end:g} % of it at step {end}"
     rises = f"the learning rate rises again to its peak in steps {start + 1} to {start + config.warmup_steps}"

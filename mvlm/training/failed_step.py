@@ -38,24 +38,24 @@ log = logging.getLogger(__name__)
 
 
 class MadeStep(NamedTuple):
-    """A step whose update was queued, and what it had before."""
+    """A step whose update was queued, and the state before it that repeats it."""
 
     step: int
-    """Number of updates before it."""
+    """Number of updates before this step."""
     microbatches: Sequence[tuple[Batch, Masks]]
     generators: dict[str, Tensor]
-    """States of the random generators before it (`mvlm.runs.checkpoint.generator_states`)."""
+    """States of the random generators before this step (`mvlm.runs.checkpoint.generator_states`)."""
     values: dict[str, Tensor]
     """Losses and gradient norms, scalars on the device."""
     good: HostNumbers
-    """1 if all are finite on all ranks, else 0."""
+    """On its way to the host: 1 if loss and gradient are finite on all ranks, else 0."""
 
 
 class FailedStep:
-    """Keeps the latest step until it is known to be finite, and writes the first that is not.
+    """Keeps the latest step in memory until it is known to be finite, and writes the first that is not to a folder.
 
     Args:
-        folder: of the failed step. It is not there yet.
+        folder: to be written for the failed step. It is not there yet.
         limit: most bytes of all its tensors.
     """
 
@@ -64,7 +64,7 @@ class FailedStep:
         self._made: MadeStep | None = None
 
     def keep(self, made: MadeStep) -> None:
-        """Keep a step, until `failed` is asked."""
+        """Keep a step until `failed` is called."""
         self._made = made
 
     def failed(self) -> MadeStep | None:
@@ -129,7 +129,7 @@ class FailedStep:
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of some tensors; of sharded ones, of all shards."""
+    """Total bytes of some tensors; of tensors that are sharded over ranks, the bytes of all shards."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

@@ -28,10 +28,10 @@ COUNTERS = ("step", "pairs_seen")
 
 
 class LogSinks:
-    """Writes metrics and images to metrics.jsonl, TensorBoard and, when asked for, W&B and trackio. Rank 0 only.
+    """Writes metrics and images of a run to metrics.jsonl, TensorBoard and, if asked for, W&B and trackio. Rank 0 only.
 
-    If a sink cannot be written, for example on a full disk, the run continues with one warning, and the sink is tried
-    again with the next row. TensorBoard is not: the thread of its writer ends at the first failure.
+    If one of these cannot be written, for example on a full disk, the run continues with one warning, and the next row
+    is tried again. TensorBoard is not tried again: the thread of its writer ends at the first failure.
 
     Args:
         config: of the run, for which `start_services` has been called.
@@ -49,7 +49,7 @@ class LogSinks:
         self._board: SummaryWriter | None = SummaryWriter(str(board), purge_step=step + 1)
         self._failing: set[str] = set()
         self.seconds = self._metrics.seconds
-        """Seconds that the run had trained before, in all of its parts."""
+        """Seconds of training that metrics.jsonl has from earlier processes of this run."""
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one row of metrics. None stands for a missing number."""
@@ -72,9 +72,9 @@ class LogSinks:
         self._try_board(lambda board: board.add_image("reconstruction", image, step, dataformats="HWC"))
 
     def log_checkpoint(self, checkpoint: Path, alias: str) -> None:
-        """Upload a finished checkpoint to W&B, with --artefacts, as the best or the last one, on any thread.
+        """Upload a finished checkpoint to W&B, if the run has --artefacts. May be called on any thread.
 
-        It may be removed afterwards: W&B has its own copy until it is uploaded.
+        alias: "best" or "last". The checkpoint may be removed afterwards: W&B has its own copy until it is uploaded.
         """
         if self._artefacts:
             arguments = (f"{self._out.name}-checkpoint", "model", checkpoint, alias, checkpoint.name)
@@ -160,12 +160,12 @@ def _log_artefact(name: str, kind: str, path: Path, *aliases: str) -> None:
 
 
 def _in_wandb(out: Path) -> dict[str, Any]:
-    """Arguments of W&B's `init` for the run of a run folder."""
+    """Arguments of W&B's `init` that start or continue the W&B run that belongs to a run folder."""
     return {"dir": str(out), "id": _wandb_id(out), "resume": "allow"}
 
 
 def _wandb_id(out: Path) -> str:
-    """Id of the run's run at W&B, kept among W&B's own files in the run folder."""
+    """Id at W&B of the run in a run folder. It is kept in a file of the folder, which is made if there is none."""
     file = out / "wandb" / "mvlm-run-id"
     if not file.is_file():
         make_folder(file.parent, within=out)

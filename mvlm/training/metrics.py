@@ -1,4 +1,4 @@
-"""Metrics of training steps: kept on the device, sent to the host once per row, and logged.
+"""Metrics of training steps: kept on the device, sent to the host once per row of the log, and logged.
 
 The decision which updates are made stays on the device too, so that no step waits for it; the host counts them later.
 
@@ -30,7 +30,10 @@ from mvlm.training.rank_figures import RankFigures
 
 
 class MetricsBuffer:
-    """Scalars of the steps since the last row. They stay on the device until they are read in one transfer."""
+    """Scalars of the steps since the last row of metrics.
+
+    They stay on the device until they are read in one transfer.
+    """
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -39,11 +42,11 @@ class MetricsBuffer:
         self._sent: HostNumbers | None = None
         self.steps: list[int] = []
         self.samples: list[list[int]] = []
-        """Sample ids of each step's batch, on this rank."""
+        """For each step, the ids of the samples in this rank's batch."""
         self.tokens = 0
-        """Tokens of all captions of this rank's batches."""
+        """Number of tokens of the captions in this rank's batches."""
         self.waited = 0.0
-        """Seconds that the steps of this rank waited for data."""
+        """Seconds that this rank waited for data in these steps."""
 
     def add(
         self,
@@ -54,7 +57,15 @@ class MetricsBuffer:
         waited: float,
         ranks: Tensor | None = None,
     ) -> None:
-        """Add the scalars of one step, and figures of all ranks (W, F). All steps of a row have the same names."""
+        """Add one step.
+
+        Args:
+            samples: ids of the samples in this rank's batch.
+            tokens: number of their captions' tokens.
+            values: scalars on the device, of the same names for all steps of a row.
+            waited: seconds that this rank waited for data.
+            ranks: F figures of each of W ranks, float (W, F) on the device.
+        """
         self._names = list(values)
         row = torch.stack([value.detach().float() for value in values.values()])
         if ranks is not None:
@@ -96,7 +107,7 @@ def finite_update(loss: Tensor, gradient_norm: Tensor) -> Tensor:
 
 
 class SkippedUpdates:
-    """Counts the updates that were not made, on the host, once their metrics have arrived.
+    """Counts, on the host, the updates that were skipped because they were not finite, once their metrics have arrived.
 
     Args:
         limit: number of updates in a row that may be skipped.
@@ -109,7 +120,10 @@ class SkippedUpdates:
         self.in_a_row = 0
 
     def count(self, metrics: MetricsBuffer) -> tuple[int, dict[str, float], list[int]] | None:
-        """Count new steps. Returns step, metrics and sample ids of the first beyond the limit, or None."""
+        """Count the skipped updates among the steps in `metrics` that are new.
+
+        Returns step, metrics and sample ids of the first one by which more than `limit` in a row were skipped, or None.
+        """
         for step, row, samples in zip(metrics.steps, metrics.read(), metrics.samples, strict=True):
             if step <= self._counted:
                 continue
@@ -161,7 +175,7 @@ class SkippedUpdates:
 
 
 def gradient_norms(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """Norms before clipping: of all gradients, and by part of the model (its direct children and parameters).
+    """L2 norms of the gradients before clipping: of all together, and of each direct child or parameter of the model.
 
     Scalars on the device, without a sync; 0 for a part without gradients. The total is the norm of the norms of all
     tensors, as in torch's `clip_grad_norm_`.
@@ -194,15 +208,17 @@ def memory_mb(device: torch.device) -> float:
 
 
 class MetricsLogger:
-    """Makes rows of metrics from the steps since the last row.
+    """Makes a row of metrics from the steps since the last row, and logs it.
 
     `end_row` starts the transfer of a row's numbers to the host. `write_row`, called while the next step runs, then
     needs no wait. A row is therefore written one step late, and the device always has work queued, even with
     `--log-every 1`.
 
     Args:
-        check: counts the skipped updates among the steps and returns the run's total; it raises to end the run.
-        log: takes each row, in which None stands for a number that is not finite; None on ranks that log nothing.
+        check: function that counts the skipped updates among the steps and returns the run's total; it raises to end
+            the run.
+        log: function that takes each row, in which None stands for a number that is not finite; None on ranks that log
+            nothing.
         seconds: seconds that the run had trained before.
     """
 

@@ -31,39 +31,42 @@ _foreach_sub_ = torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW that can clip gradients and skip an update, without a host sync and without a pass of its own.
+    """Fused AdamW that can clip gradients and skip an update. Neither needs a host sync or a further pass over memory.
 
     The fused kernels read two attributes that GradScaler sets for the same purposes.
     """
 
     found_inf: Tensor | None = None
-    """float32 (), 1 = leave weights, moments and step counts unchanged."""
+    """float32 (), 1 = skip the update: weights, moments and step counts stay. None: never skip."""
     grad_scale: Tensor | None = None
-    """float32 (), gradients are divided by it."""
+    """float32 (), by which gradients are divided before the update. None: they are not."""
 
     def set_learning_rates(self, factor: float) -> None:
-        """Set the learning rate of each parameter group to its peak times `factor`."""
+        """Set the learning rate of each parameter group to `factor` times its peak."""
         for group in self.param_groups:
             group["lr"] = group["peak"] * factor
 
     def clip(self, norm: Tensor, limit: float) -> None:
-        """Clip the gradients of the next step from their norm () to `limit`, as torch's `clip_grad_norm_` does."""
+        """Let the next step clip the gradients to the norm `limit`, as torch's `clip_grad_norm_` does.
+
+        norm: that of all gradients before clipping, a scalar on the device.
+        """
         self.grad_scale = ((norm.float() + 1e-6) / limit).clamp(min=1)
 
 
 MOMENTUM = 0.95
-"""Decay of the mean of gradients."""
+"""Decay of Muon's running mean of gradients."""
 ITERATIONS = 5
-"""Newton-Schulz iterations of an update."""
+"""Number of Newton-Schulz iterations in an update by Muon."""
 # Coefficients of x, x^3 and x^5 that raise small singular values fast; those from 0.002 up end between 0.68 and 1.2.
 _X, _X3, _X5 = 3.4445, -4.7750, 2.0315
 _MATRICES_OF_A_PRODUCT = {"cpu": 8, "cuda": 64}
-"""Most matrices that are updated together. On a CPU so many of a small model stay in a core's L2 cache. On a GPU each
-further product is a few more operations for the host."""
+"""Most matrices that Muon updates together, by device. On a CPU so many of a small model stay in a core's L2 cache. On
+a GPU each further product is a few more operations for the host."""
 
 
 class GuardedMuon(GuardedAdamW):
-    """Muon for the groups of parameters that have `muon`, AdamW for the others, with the guards of `GuardedAdamW`.
+    """Muon for the parameter groups with `muon` True, AdamW for the others, with the guards of `GuardedAdamW`.
 
     Rates and weight decay mean what they do in torch's Muon: an update is the rate times an orthogonal matrix, times
     the root of rows / columns where that is above 1.
@@ -82,7 +85,7 @@ class GuardedMuon(GuardedAdamW):
         return super().step(closure)
 
     def _update(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
-        """Update a few matrices of one shape."""
+        """Update some matrices of one shape by Muon."""
         rate: Any = group["lr"] * (1.0 if self.found_inf is None else 1 - self.found_inf)
         rows, columns = parameters[0].shape
         # On a CPU a gradient and its mean stay in the cache from one operation to the next.
@@ -100,7 +103,10 @@ class GuardedMuon(GuardedAdamW):
         _foreach_sub_(weights, updates)
 
     def _momentum(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Put gradients into their means. Returns Nesterov's mixes of both, the whole matrices on every rank."""
+        """Update the running means of the gradients. Returns Nesterov's mix of gradient and mean of each matrix.
+
+        The mixes are whole matrices on every rank. The parameters' gradients are dropped.
+        """
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -142,7 +148,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _batches(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters with a gradient, a few of one shape at a time."""
+    """Yield the parameters that have a gradient in groups of one shape, of at most `_MATRICES_OF_A_PRODUCT`."""
     shapes: dict[torch.Size, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -154,20 +160,23 @@ def _batches(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 
 def _shard(tensor: Tensor) -> Tensor:
-    """The part of a parameter or gradient that this rank has: all of it, except with FSDP2."""
+    """This rank's shard of a parameter or gradient: all of it, except with FSDP2."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 IN_BLOCK = re.compile(r"\.blocks\.\d|_encoder\.tower\..*\blayers?\.\d")
-"""Names of the parameters of all blocks, of ours and of towers."""
+"""Matches the names of the parameters of all transformer blocks, of our own encoders and of towers."""
 EMBEDDING_OF_TOWER = re.compile(
     r"\.tower\..*(embeddings?|relative_attention_bias)\.weight$|\.module\..*\b(pos_embed|(cls|reg)_token|latent|freqs)$"
 )
-"""Names of the embeddings of towers. Convolutions of patches are no embeddings."""
+"""Matches the names of the embeddings of towers. Convolutions of patches are no embeddings."""
 
 
 def own_rate(name: str, config: RunConfig) -> float | None:
-    """`lr_image` or `lr_text`, of a parameter of the encoder that has one; the name may be a task's."""
+    """`lr_image` or `lr_text` for a parameter of that encoder, if the setting is given; None for other parameters.
+
+    name: of the parameter in a model, or in a task around one.
+    """
     return {"image_encoder": config.lr_image, "text_encoder": config.lr_text}.get(
         name.removeprefix("model.").split(".")[0]
     )
@@ -188,11 +197,11 @@ def make_optimizer(
     device: torch.device,
     rate: Callable[[str, Any], float] = peak_rate,
 ) -> GuardedAdamW:
-    """Make the optimizer, with a parameter group for each pair of peak learning rate (`peak`) and weight decay.
+    """Make the optimizer, with a parameter group for each combination of peak learning rate and weight decay.
 
     Weights of linear layers decay. Biases, norms and embeddings do not. Frozen parameters are left out. `rate` gives
     the peak learning rate of a parameter by its name, where the settings have no `own_rate`. With `--optimizer muon`
-    the matrices of all blocks are groups of their own, with `lr_muon`.
+    the matrices of all blocks are groups of their own, with `lr_muon`. A group has its peak learning rate as `peak`.
     """
     lr_muon = config.lr_muon if isinstance(config, PretrainConfig) and config.optimizer == "muon" else None
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
@@ -245,7 +254,10 @@ def learning_rate_factor(step: int, config: RunConfig) -> float:
 
 
 def cooldown_start(config: RunConfig, start: int, end: int) -> int:
-    """Number of steps after which the rate of `wsd` falls, in the part of a run between two steps."""
+    """Number of the update after which `wsd`'s learning rate falls, in the part of a run between two updates.
+
+    start, end: numbers of the updates after which the part begins and ends.
+    """
     steps = round((end - start) / 5) if config.cooldown_steps is None else config.cooldown_steps
     return max(start + config.warmup_steps, end - steps)
 

@@ -1,4 +1,4 @@
-"""Python of the user's own that a run calls by name: `FILE.py:NAME`, or `MODULE:NAME`.
+"""Python code of the user's own that a run calls: a function or objective named as `FILE.py:NAME`, or `MODULE:NAME`.
 
 NOTE: naming it runs it. So a name comes from the user of this process, as a flag, an argument or a study's file, and
 never from a config.json alone, which may be somebody else's.
@@ -25,7 +25,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def run_file(file: Path) -> ModuleType:
-    """The module of a Python file, which is run. ConfigError if there is no such file."""
+    """Run a Python file and return it as a module. ConfigError if there is no such file."""
     if not file.is_file():
         raise ConfigError(f"{file}: wanted a Python file with a task, found no such file; check the path")
     spec = importlib.util.spec_from_file_location(f"task file {file.resolve()}", file)
@@ -38,7 +38,10 @@ def run_file(file: Path) -> ModuleType:
 
 
 def file_of(setting: str, name: str) -> Path:
-    """The file that a name lies in; it is not run, but packages around its module are. ConfigError without one."""
+    """File in which the function `FILE.py:NAME` or `MODULE:NAME` is defined. ConfigError if there is none.
+
+    The file is not run, but the packages around a module are. setting: for messages.
+    """
     place, _, function = name.rpartition(":")
     if not place or not function.isidentifier():
         raise ConfigError(f"{setting}: wanted FILE.py:NAME or MODULE:NAME, got {name}")
@@ -56,7 +59,10 @@ def file_of(setting: str, name: str) -> Path:
 
 
 def find_own(setting: str, name: str) -> Any:
-    """Function or objective of a name; its file is run. ConfigError if there is none."""
+    """Function or objective that `FILE.py:NAME` or `MODULE:NAME` names; the file is run. ConfigError if there is none.
+
+    setting: for messages, and "own_loss" allows an objective.
+    """
     file, (place, _, function) = file_of(setting, name), name.rpartition(":")
     module = run_file(file) if place.endswith(".py") else importlib.import_module(place)
     found = getattr(module, function, None)
@@ -69,9 +75,10 @@ def find_own(setting: str, name: str) -> Any:
 
 
 def with_hashes(config: Config) -> Config:
-    """The configuration with the hashes of the files of its own functions. The files are run: errors show early.
+    """The configuration with the SHA-256 of the files of the user's own functions.
 
-    ConfigError for a function that is not there, or a file with another hash than the configuration has.
+    The files are run: errors show early. ConfigError for a function that is not there, or a file with another hash than
+    the configuration has.
     """
     hashes: dict[str, str | None] = {}
     for setting in SETTINGS:
@@ -88,11 +95,13 @@ def with_hashes(config: Config) -> Config:
 
 
 def with_named(config: Config, place: Path, named: dict[str, str | None]) -> Config:
-    """Settings with the functions that the user has named, in place of those of config.json, which name no code to run.
+    """Put the functions that the user has named into the settings of a run, in place of those of its config.json.
 
-    RunError unless these are the functions that the run has.
+    A config.json alone names no code to run. RunError unless the functions are those that the run has.
 
-    place: folder of the config.json, for messages.
+    Args:
+        place: folder of the config.json, for messages.
+        named: setting -> name of the function, or None.
     """
     for setting, given in named.items():
         wanted, flag = getattr(config, setting), f"--{setting.replace('_', '-')}"

@@ -28,10 +28,10 @@ from mvlm_dataloading.masking import Masking
 
 @dataclass(frozen=True, kw_only=True)
 class MaskDraw:
-    """One microbatch that a function of --own-masks masks, and what masks may depend on. Tensors are on the CPU.
+    """Input of a function of --own-masks: one microbatch to mask, and what masks may depend on. Tensors are on the CPU.
 
-    Masks that follow from `seed`, `step`, and each sample's `batch.epoch` and `batch.sample_id` are those of any
-    number of ranks and microbatches, and of a resumed run.
+    Masks that follow from `seed`, `step`, and each sample's `batch.epoch` and `batch.sample_id` are those of any number
+    of ranks and microbatches, and of a resumed run.
     """
 
     batch: Batch
@@ -53,9 +53,10 @@ class MaskDraw:
     """Settings of the run."""
 
     def random(self, **changes: Any) -> Masks:
-        """Random masks of this seed, epoch and sample, by the run's settings with some changed (`Masking`).
+        """Random masks of this microbatch, by the settings of the run with some fields of `Masking` changed.
 
-        Without a change they are `masks`. With another ratio, those of a smaller one are among those of a larger one.
+        They are a function of seed, epoch and sample. Without a change they are `masks`. With another ratio, those of a
+        smaller one are among those of a larger one.
         """
         draw = MaskDrawer(
             replace(self.masking, **changes), self.config.model.image_size, self.loader.tokenizer, self.seed
@@ -101,9 +102,10 @@ def drawn_by_user(
     loader: Loader,
     parallel: Parallel,
 ) -> list[tuple[Batch, Masks]]:
-    """The microbatches of an update with masks by a user's function.
+    """The microbatches of an update with masks that a user's function draws, in place of those that were loaded.
 
-    RunError on all ranks for masks that no model can learn from, or with another number of patches somewhere.
+    step: number of the update. RunError on all ranks for masks that no model can learn from, or with another number of
+    patches somewhere.
     """
 
     def draw() -> list[tuple[Batch, Masks]]:
@@ -125,7 +127,10 @@ def drawn_by_user(
 
 
 def check_masks(masks: Any, batch: Batch, patches: int) -> None:
-    """Raise RunError unless masks are those of a batch, as `Masks` states them, with at least one patch and token."""
+    """Raise RunError unless `masks` are valid for a batch: in the form of `Masks`, with at least one patch and token.
+
+    patches: number of patches of an image.
+    """
     if not isinstance(masks, Masks):
         raise _wrong("Masks", type(masks).__name__)
     parts = {

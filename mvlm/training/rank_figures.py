@@ -8,15 +8,15 @@ from statistics import fmean, median_low
 log = logging.getLogger(__name__)
 
 FIGURES = ("data_wait_s", "alone_s", "skipped")
-"""Seconds of a step that a rank waited for data, those that it computed before it waited for other ranks, and the
-images so far that it could not decode."""
+"""Names of the figures of a rank: seconds of a step that it waited for data, seconds that it computed before it waited
+for other ranks, and the number of images so far that it could not decode."""
 PARTS = ("min", "median", "max")
 FIELDS = tuple(f"{name}_{part}" for name in FIGURES for part in PARTS)
-"""Fields of a row of a run of several ranks."""
+"""Fields of a row of metrics that a run of several ranks has in addition: least, median and largest of each figure."""
 SLOW_STEPS = 50
-"""Steps in a row after which a rank above twice the median is named."""
+"""Number of steps in a row above twice the median after which a rank is named in a warning."""
 LEAST_SHARE, LEAST_IMAGES = 0.05, 10
-"""Smallest excess that counts: a share of the step's time, and a number of images."""
+"""Smallest excess over the median that counts: as a share of the step's time, and as a number of images."""
 _ADVICE = {
     "data_wait_s": "look at its disk, its network and its processors",
     "alone_s": "look at its clock rates, its temperature and what else runs there",
@@ -25,7 +25,9 @@ _ADVICE = {
 
 
 class RankFigures:
-    """Least, median and largest figure of all ranks in each row. A rank above twice the median is named once.
+    """Least, median and largest figure of the ranks for each row of metrics.
+
+    A rank above twice the median is named once.
 
     Args:
         hosts: name of each rank's machine.
@@ -34,14 +36,14 @@ class RankFigures:
     def __init__(self, hosts: Sequence[str]) -> None:
         self._hosts = hosts
         self._slow: Counter[tuple[str, int]] = Counter()
-        """Steps in a row for which a figure of a rank has been above twice the median."""
+        """By (figure, rank): number of steps in a row for which the figure has been above twice the median."""
         self._named: set[tuple[str, int]] = set()
 
     def fields(self, steps: Sequence[Sequence[Sequence[float]]], step_s: float) -> dict[str, float]:
-        """Fields of a row. A warning names each rank that has been slow for `SLOW_STEPS`.
+        """Fields of one row of metrics. A warning names each rank that has been slow for `SLOW_STEPS`.
 
         Args:
-            steps: `FIGURES` of each rank at each step since the last row.
+            steps: figures (`FIGURES`) of each rank, for each step since the last row.
             step_s: mean seconds of these steps.
         """
         found: dict[str, float] = {}

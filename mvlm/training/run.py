@@ -73,9 +73,9 @@ def do_run(
     build_trainer: Callable[[RunInputs, World, str], Trainer],
     say_next: bool,
 ) -> str | None:
-    """Build a run and train to its last step, if it is not complete. The functions are those of `build_run`.
+    """Build a run and train to its last step, if it is not complete.
 
-    `say_next` and what it returns are those of `pretrain`.
+    open_inputs, build_trainer: as for `build_run`. say_next, and the result: as for `pretrain`.
     """
     began = time.monotonic()
     world = join_ranks(config.device)
@@ -105,7 +105,7 @@ def do_run(
 
 
 def _log_end(trainer: Trainer, steps: int, seconds: float, say_next: bool) -> None:
-    """Log that the run is complete, how long this process took for its `steps`, and what can be done next."""
+    """Log that the run is complete, how long this process took for its `steps`, and, if `say_next`, what to do next."""
     config, splits, advice = trainer.config, trainer.loader.dataset.splits, ""
     if say_next:
         split = next((name for name in ("test", "validation") if name in splits), splits[0])
@@ -159,7 +159,10 @@ def build_run(
 
 
 def record_start(trainer: Trainer) -> None:
-    """Record the start in the run's history, on the first rank. Warns of a warm-up as long as the run."""
+    """Record in the run's history, on rank 0, that training starts or continues.
+
+    Warns of a warm-up as long as the run.
+    """
     world, config = trainer.world, trainer.config
     if not world.first:
         return
@@ -179,7 +182,10 @@ def record_start(trainer: Trainer) -> None:
 
 
 def open_splits(config: RunConfig) -> tuple[Dataset, Dataset | None]:
-    """Open the training split and, if the run evaluates, the validation split, after checks of what needs no data."""
+    """Open the training split and, if the run evaluates, the validation split.
+
+    Before that, checks whatever needs no data: the preemption file and the logging services.
+    """
     notice = config.preemption_file
     if notice is not None and notice.exists():  # left by an earlier preemption: it would end the run at once
         raise ConfigError(f"preemption_file: {notice} exists before the run starts; remove it to train")
@@ -249,7 +255,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
 
 
 def warn_of_frozen_noise(config: PretrainConfig) -> None:
-    """Log the parts of a model that stay at the random weights that they start from."""
+    """Warn of each part of the model that is frozen although it starts from random weights."""
     for part, names in STARTS.items():
         if getattr(config, f"train_{part}") == "frozen" and config.starts_random(part):
             log.warning(
@@ -261,8 +267,8 @@ def warn_of_frozen_noise(config: PretrainConfig) -> None:
 def freeze_rest(model: MaskVLM, config: PretrainConfig) -> None:
     """Freeze what no loss of a run with adapters uses, in place, so that its checkpoints leave it out.
 
-    The heads that predict tokens and pixels stay too, unless the cross-modality encoders before them learn in full. A
-    head whose bias is zero learns: nothing has trained it.
+    The heads that predict tokens and pixels are frozen too, unless the cross-modality encoders before them learn in
+    full. A head whose bias is zero learns: nothing has trained it.
     """
     for parameter in idle_parameters(model, objectives_of(config) + own_objective(config)):
         parameter.requires_grad_(False)
@@ -275,8 +281,8 @@ def freeze_rest(model: MaskVLM, config: PretrainConfig) -> None:
 def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: RunConfig, world: World, **further: Any) -> Loader:
     """Make the training loader, which yields this rank's pairs of each microbatch.
 
-    `further` are arguments of the loader, and `strip` of its `Augment`. ConfigError if the batch does not divide evenly
-    among ranks and microbatches, and for augmentations of strips.
+    further: arguments of `Loader`, and `strip` of its `Augment`. ConfigError if the batch does not divide evenly among
+    ranks and microbatches, and for augmentations of strips.
     """
     parts = world.size * config.accumulate
     if config.batch_size % parts:
@@ -327,7 +333,10 @@ def check_attention(config: RunConfig) -> None:
 
 
 def warn_of_cut_texts(dataset: Dataset, tokenizer: Tokenizer, longest: int, flag: str) -> None:
-    """Log the share of a split's texts that are cut to `longest` tokens, if it is 1 % or more; `flag` raises that."""
+    """Warn of the share of a split's first 1,000 texts that are cut to `longest` tokens, if it is 1 % or more.
+
+    flag: the one that raises the limit, for the message.
+    """
     texts = [captions[0] for captions in dataset.captions_of(range(min(len(dataset), 1000)))]
     _, lengths = tokenizer.encode(texts, longest + 1)
     if (cut := float((lengths > longest).mean())) >= 0.01:

@@ -42,7 +42,7 @@ class StopRequest:
 
     def __init__(self, file: Path | None = None) -> None:
         self.reason: str | None = None
-        """Signal or file that made the request, or None."""
+        """Name of the signal, or path of the file, that requested the end; None without a request."""
         self._file = file
         self._polled_at = -POLL_SECONDS
         self._signalled_at: float | None = None
@@ -70,7 +70,7 @@ class StopRequest:
         return self.reason is not None
 
     def _is_old(self, now: float) -> bool:
-        """True if the first signal is so old that a further SIGTERM is another request."""
+        """True if the first signal came so long ago that a further SIGTERM is a request of its own."""
         return self._signalled_at is not None and now - self._signalled_at >= SAME_REQUEST_SECONDS
 
     def _request(self, number: int, _: FrameType | None) -> None:
@@ -98,7 +98,7 @@ GRACE_SECONDS = 3.0
 
 
 class Watchdog:
-    """Context with a thread that ends the process if `beat` is not called for `minutes`.
+    """Context with a thread that ends the process if `beat` is not called for some minutes.
 
     It writes the stacks of all threads to stderr and to `file`, says what the run was waiting for, and exits with code
     3. There is no clean-up, which could hang too. Checkpoints are safe, because a folder is renamed into place only
@@ -108,7 +108,7 @@ class Watchdog:
     thread says what failed, and exits with code 1.
 
     Args:
-        failure: asked about every second; returns the failure of a rank on one line, or None.
+        failure: called about every second; returns the failure of another rank on one line, or None.
     """
 
     def __init__(self, file: Path, rank: int, minutes: float, failure: Callable[[], str | None] = lambda: None) -> None:
@@ -131,7 +131,7 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, activity: str) -> None:
-        """Report progress and name the next activity."""
+        """Report progress, and name the activity that begins now, such as "the evaluation"."""
         self._activity, self._last_beat = activity, self._polls
 
     def _watch(self) -> None:

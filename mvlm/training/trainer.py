@@ -80,18 +80,18 @@ log = logging.getLogger(__name__)
 
 
 class RunInputs(NamedTuple):
-    """Everything that a run reads before it has a model."""
+    """Settings, data sets and tokenizer of a run, opened and checked before there is a model."""
 
     config: RunConfig
-    """The given configuration, with the tokenizer's [MASK]."""
+    """Configuration as given, with the tokenizer's id of [MASK]."""
     dataset: Dataset
     validation: Dataset | None
     """Validation split, if the run evaluates."""
     tokenizer: Tokenizer
     also_evaluated: Dataset | None = None
-    """Validation split of `also_evaluate`, if pretraining has one."""
+    """Validation split of the data set of `--also-evaluate`; None without the flag, or in fine-tuning."""
     classes: ClassImages | None = None
-    """Images of classes, if pretraining classifies some at its evaluations."""
+    """Images of classes for zero-shot classification at evaluations (`--classes`), or None."""
 
 
 class Trainer:
@@ -129,13 +129,13 @@ class Trainer:
         self.metrics = MetricsBuffer()
         """Metrics of the steps since the last row."""
         self.failed_step: FailedStep | None = None
-        """Keeper of the first step of pretraining that is not finite, while `train` runs; None once it has one."""
+        """Keeper of the first pretraining step that is not finite, while `train` runs; None once it has written one."""
         self.saved_at = math.inf
-        """Time of the last save, or of the start of training."""
+        """Monotonic time of the last checkpoint, or of the start of training."""
         self.step = 0
         """Number of updates made or skipped."""
         self.best: dict[str, float] | None = None
-        """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
+        """Step and figure of the best evaluation: the mean of both R@1 in per cent, or a task's main figure."""
 
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:
@@ -164,12 +164,12 @@ class Trainer:
 
     @property
     def backward(self) -> Callable[[list[tuple[Batch, Masks]], Any], Losses]:
-        """`forward_backward`; replayed, if the run has CUDA graphs."""
+        """Function that computes losses and gradients of a step: `forward_backward`, or its replay from CUDA graphs."""
         return self.forward_backward if self.graphs is None else self.graphs.run
 
     @property
     def complete(self) -> bool:
-        """True if all steps have been made."""
+        """True if the last step of the run has been made."""
         return self.step >= self.config.max_steps
 
     def train(self) -> None:
@@ -236,7 +236,7 @@ class Trainer:
         return self.world.gather_objects(self.best is not None and self.best["step"] == self.step)[0]
 
     def log_if_best(self, sinks: LogSinks, checkpoint: Path) -> None:
-        """Log the finished checkpoint of the best evaluation, if it is that."""
+        """Upload a finished checkpoint through `sinks` as the best one, if it is that of the best evaluation."""
         if self.best is not None and step_of(checkpoint) == self.best["step"]:
             sinks.log_checkpoint(checkpoint, "best")
 
@@ -245,7 +245,7 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def requests(self) -> tuple[bool, bool]:
-        """Requests of this rank, True or False: a checkpoint, as the last one is old; the end of the run."""
+        """Requests of this rank, two bools: a checkpoint, because the last one is old, and the end of the run."""
         now, by_time = time.monotonic(), not self.config.checkpoint_every_steps
         return by_time and now - self.saved_at >= CHECKPOINT_SECONDS, self.stop.requested()
 
@@ -290,7 +290,7 @@ class Trainer:
         self.metrics.add(self.step, samples, tokens, {**losses, **further}, waited, ranks)
 
     def new_failed_step(self) -> FailedStep | None:
-        """Keeper of the first step that is not finite; None if the run has such a step, or wants to keep none."""
+        """Make the keeper of the first step that is not finite; None if the run has one already, or wants none."""
         config, folder = self.config, RunFolder(self.config.out).failed_step
         wanted = isinstance(config, PretrainConfig) and config.failed_step_mb > 0
         there = self.world.gather_objects(folder.exists())[0]
@@ -309,10 +309,10 @@ class Trainer:
         keeper.write(made, self.config, self.world, model, optimizer, self.keep_start, samples, self.writer)
 
     def update(self, losses: Losses, figures: tuple[float, ...]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Clip the gradients and make the update, if it is finite on all ranks.
+        """Clip the gradients and update the weights, if loss and gradients are finite on all ranks.
 
-        `figures` are this rank's of the step (`mvlm.training.rank_figures`). Returns further metrics, and the figures
-        of all ranks, on several.
+        figures: this rank's for the step (`mvlm.training.rank_figures`). Returns further metrics, and the figures of
+        all ranks, or None with one rank.
         """
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
@@ -353,7 +353,7 @@ class Trainer:
         raise self.skipped.error(step, row, keys, self.writer.newest, first if first.exists() else None)
 
     def evaluate(self, validation: Dataset, sinks: LogSinks | None) -> dict[str, float]:
-        """Figures on the validation split, by the averaged weights if the run keeps them; none if a rank is to stop."""
+        """Metrics on the validation split, by the averaged weights if the run has them; empty if a rank is to stop."""
         self.watchdog.beat("the evaluation")
         with self.average.applied() if self.average is not None else nullcontext():
             figures, figure = self.figures(validation, sinks)
@@ -362,7 +362,10 @@ class Trainer:
         return figures
 
     def also_evaluate(self) -> dict[str, float]:
-        """R@1 by ITC on the split of --also-evaluate, if the run is at its start or its end and is not to stop."""
+        """R@1 by ITC on the split of --also-evaluate, before the first step and after the last.
+
+        Empty at other steps, without that flag, and if a rank is to stop.
+        """
         figures, split = {}, self.also_evaluated
         if split is None or not (self.step == 0 or self.complete):
             return figures
@@ -375,7 +378,10 @@ class Trainer:
         return {f"also_{when}_{name}": value for name, value in figures.items() if name.endswith("_r1")}
 
     def figures(self, validation: Dataset, sinks: LogSinks | None) -> tuple[dict[str, float], float]:
-        """Figures with the weights as they are, and the one by which they are chosen; none, and NaN, to stop."""
+        """Metrics on the validation split with the current weights, and the one by which the best evaluation is chosen.
+
+        Empty, and NaN, if a rank is to stop.
+        """
         model = unsharded_copy(self.model, self.new_model)
         figures = {}  # stays empty if a rank is to stop
         with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
@@ -390,7 +396,7 @@ class Trainer:
         return figures, (figures["tr_r1"] + figures["ir_r1"]) / 2
 
     def new_model(self) -> Any:
-        """A model like this one, with weights of its own."""
+        """Make a model of the same architecture with weights of its own."""
         model = MaskVLM(self.model.config)
         adapt(model, self.config)
         return model
@@ -412,14 +418,14 @@ class Trainer:
         self.writer.save(self.step, self.model, self.tensors(), state | self.extra_state(), self.tokenizer)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of a checkpoint by part."""
+        """Tensors of a checkpoint, by part (model, ema, optimizer) and by name."""
         parts = {MODEL: self.model.state_dict()} | ({} if self.average is None else {EMA: self.average.tensors})
         if self.initial_model is not None and self.config.adapted:
             parts = {part: learned(self.model, tensors) for part, tensors in parts.items()}
         return parts | {OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
 
     def extra_state(self) -> dict[str, Any]:
-        """Further fields of a checkpoint's state.json: `kept`, the hash of the model that --keep-start keeps."""
+        """Further fields of a checkpoint's state.json: with --keep-start, `kept`, the hash of the initial model."""
         if self.keep_start is None or self.initial_model is None:
             return {}
         return {"kept": self.initial_model["sha256"]}
@@ -494,14 +500,14 @@ def with_few_shapes(loaded: list[tuple[Batch, Masks]], config: RunConfig, world:
 
 
 IN_MEMORY = 1 << 30
-"""Most bytes of features that each rank keeps in memory."""
+"""Most bytes of features that each rank keeps in memory during an evaluation."""
 
 
 @contextmanager
 def evaluation_workspace(
     config: RunConfig, images: int, world: World, go_on: Callable[[], bool]
 ) -> Iterator[Workspace]:
-    """Context with a workspace for the features of so many images. It ends early, without an error, if it is stopped.
+    """Context with a workspace for the features of `images` images. The block ends without an error if it is stopped.
 
     Features of more than `IN_MEMORY` bytes lie in files that all ranks share, if the run folder's disk has room for
     them. The files are removed at the end, and before the next evaluation if a kill left them.

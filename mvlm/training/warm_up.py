@@ -43,9 +43,13 @@ def compile_kernels(config: PretrainConfig, world: World) -> None:
 def compile_in_processes(
     words: list[str], device: torch.device, show: Callable[[int, int], None] = lambda *_: None
 ) -> tuple[bool, str]:
-    """Run `mvlm.costs.step_kernels` for a GPU, without using it. Returns whether it succeeded, and its last line.
+    """Run `mvlm.costs.step_kernels` in a subprocess, for the architecture of a GPU, which it does not use.
 
-    show: called with the number of compiled kernels and that of all.
+    Args:
+        words: arguments of that command.
+        show: called with the numbers of compiled kernels and of all kernels.
+
+    Returns whether it succeeded, and the last line of its output.
     """
     major, minor = torch.cuda.get_device_capability(device)
     command = [sys.executable, "-m", "mvlm.costs.step_kernels", *words, "--arch", f"sm_{major}{minor}"]

@@ -63,7 +63,7 @@ class Assembly:
     spec: dict[str, Any]
     parts: Sequence[LocalFolder | RemoteFolder]
     owner: Sequence[int]
-    """For each piece, the part that has it."""
+    """For each piece, the index in `parts` of the part that has it."""
     out: RemoteFolder | None = None
     """Remote folder of the data set; None for one on this machine. Tars that stay whole are copied there at once."""
 
@@ -76,7 +76,7 @@ _REMEDIES = {
     "image file is missing": "; tables name files relative to the folder of images",
     "no caption": "; the captions of a.jpg are the lines of a.txt beside it, or rows of a table",
 }
-"""Remedies of the reasons that a whole data set is rejected for most often."""
+"""Advice for errors, keyed by the most frequent reasons for which all samples of a data set are rejected."""
 
 
 def assemble(assembly: Assembly) -> Counter[str]:
@@ -130,14 +130,14 @@ def _why_none(assembly: Assembly, rejected: list[dict[str, Any]]) -> str:
 
 @dataclass(slots=True)
 class _Written:
-    """The samples in the pieces: lists of n."""
+    """Lists with an entry for each of the n samples that the pieces of a build hold."""
 
     images: list[ImageFacts]
     where: list[str]
     captions: list[int]
     """Number of captions of each sample."""
     tars: list[tuple[int, int]]
-    """Number of the piece, and number of the tar in it."""
+    """For each sample, the number of its piece and the number of its tar within the piece."""
 
 
 def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
@@ -163,7 +163,10 @@ def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
 
 
 def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]) -> dict[str, dict[str, Any]]:
-    """Put the tars that keep all samples into place, rewrite the others. Returns the field `splits` of dataset.json."""
+    """Put the tars that keep all their samples into place, and rewrite the others without the dropped samples.
+
+    dropped: sample number -> reason. Returns the field `splits` of dataset.json.
+    """
     samples_of: dict[tuple[int, int], list[int]] = {}
     for i, tar in enumerate(written.tars):
         samples_of.setdefault(tar, []).append(i)
@@ -195,7 +198,11 @@ def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]
 
 
 def _each(assembly: Assembly, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Results of a function, in order. Several calls are made at once if they wait for a network."""
+    """Yield `function(item)` of each item, in order.
+
+    Up to `_REQUESTS` calls run at once, in threads, if the parts or the data set are at a URL, so that calls wait for a
+    network.
+    """
     if assembly.out is None and all(isinstance(part, LocalFolder) for part in assembly.parts):
         yield from map(function, items)
         return
@@ -204,9 +211,13 @@ def _each(assembly: Assembly, function: Callable[[Any], Any], items: Iterable[An
 
 
 def _place_whole(assembly: Assembly, number: int, tar: int, new: Path, known: dict[str, Any]) -> None:
-    """Put a tar and its index into place, as they are. What is there was put there before an interruption.
+    """Put one tar of a piece and its DALI index into the data set, unchanged.
+
+    A file that is already there is left: it was put there before an interruption.
 
     Args:
+        number, tar: number of the piece, and number of the tar in it.
+        new: path of the tar in the data set.
         known: the tar's entry in the piece's shards.json.
     """
     part, old = assembly.part_of(number), f"{_piece(number)}/{tar:03d}"
@@ -235,7 +246,10 @@ def _get(part: RemoteFolder, name: str, to: Path, known: dict[str, Any]) -> None
 
 
 def _rewrite(assembly: Assembly, number: int, tar: int, new: Path, keep: list[bool], known: dict[str, Any]) -> None:
-    """Copy the samples `keep` of a tar. `known` is its entry in the piece's shards.json."""
+    """Write the tar `new` of the data set: those samples of a piece's tar for which `keep`, a bool each, is True.
+
+    number, tar: number of the piece, and number of the tar in it. known: the tar's entry in the piece's shards.json.
+    """
     part, old = assembly.part_of(number), f"{_piece(number)}/{tar:03d}"
     if isinstance(part, LocalFolder):
         _copy_kept(part.folder / f"{old}.tar", new, keep)
@@ -248,7 +262,10 @@ def _rewrite(assembly: Assembly, number: int, tar: int, new: Path, keep: list[bo
 
 
 def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
-    """Copy the samples `keep` of a tar. `new` and its index appear complete, or not at all."""
+    """Copy those samples of the tar `old` to the tar `new` for which `keep`, one bool a sample, is True.
+
+    `new` and its index appear complete, or not at all.
+    """
     if new.exists() and new.with_suffix(".idx").exists():
         return
     shard = Shard(new.with_name(f"{new.stem}.new.tar"))
@@ -268,7 +285,10 @@ def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
 
 
 def _tokenizer(assembly: Assembly) -> dict[str, Any]:
-    """Put the tokenizer into place. Returns what `dataset.json` says of it."""
+    """Put the tokenizer into the data set.
+
+    Returns the fields of `dataset.json` that describe it; none without a tokenizer.
+    """
     final, recipe = assembly.folder / "final", assembly.spec["recipe"]
     if "tokenizer" not in recipe:
         return {}

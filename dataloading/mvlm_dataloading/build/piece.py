@@ -1,7 +1,7 @@
 """Writing one piece of a source as tars, in a worker process. `assemble` joins the pieces to a data set.
 
     PIECE/000.tar, 000.idx, ...   the samples, in tars of bounded size
-    PIECE/samples.jsonl           a line per record, in order: facts of the sample, or the reason for its rejection
+    PIECE/samples.jsonl           a line per record, in order: tar, size and hashes, or the reason for its rejection
     PIECE/shards.json             samples, captions, bytes and sha256 of each tar
 
 A piece is written to a temporary folder, which is renamed when it is complete and on the disk.
@@ -95,10 +95,11 @@ class _PieceWriter:
         self._lines = (folder / "samples.jsonl").open("w", encoding="utf-8")
         self._shard: Shard | None = None
         self._shards: list[dict[str, Any]] = []
-        """Entries of `shards.json`, of the tars that are finished."""
+        """Entries of `shards.json` for the tars that are finished."""
         self._seen = 0
         self._stored: tuple[bytes, tuple[bytes, str, dict[str, Any]] | str] | None = None
-        """The last image as published, and what `_prepare` made of it."""
+        """The image that was prepared last, as published, and the result of `_prepare` for it. Equal images in a row
+        share it."""
 
     def add_group(self, group: list[Record]) -> None:
         """Check a group of records, decode those that pass, and write the usable ones."""
@@ -130,7 +131,10 @@ class _PieceWriter:
                 closing.close()
 
     def _check(self, number: int, record: Record) -> _Candidate | str:
-        """The candidate of a record, which is not decoded here, or the reason for its rejection."""
+        """Check a record without decoding its image.
+
+        Returns a candidate to be decoded, or the reason for its rejection.
+        """
         options = self._options
         if record.fault is not None:
             return record.fault
@@ -155,9 +159,9 @@ class _PieceWriter:
         return _Candidate(number, record, image, header, captions)
 
     def _decode(self, candidates: list[_Candidate]) -> Iterator[Any]:
-        """Pixels of the images in order, or the reasons for their rejection.
+        """Yield the pixels of each candidate in order, uint8 (height, width, 3), or the reason for its rejection.
 
-        A note in the folder names the records that are being decoded, in case they kill the process.
+        The file `decoding` in the folder names the records that are being decoded, in case they kill the process.
         """
         note = self._folder / "decoding"
         unsuspected = [one for one in candidates if one.number not in self._suspect]
@@ -179,7 +183,10 @@ class _PieceWriter:
         note.unlink()
 
     def _write(self, one: _Candidate, pixels: Any) -> str | None:
-        """Write a sample. Returns None, or the reason if it has to be rejected after all."""
+        """Write a decoded sample to the current tar. Returns None, or the reason if it has to be rejected after all.
+
+        pixels: uint8 (height, width, 3).
+        """
         options, record = self._options, one.record
         if is_too_long_for_jpeg(pixels, options):
             return "image is too long for a JPEG"
@@ -243,7 +250,7 @@ class _PieceWriter:
 
 
 def _groups(records: Iterator[Record], max_bytes: int) -> Iterator[list[Record]]:
-    """Records in groups of bounded number and size."""
+    """Divide records, in order, into groups that are decoded together, of bounded number and total image size."""
     group, size = [], 0
     for record in records:
         group.append(record)
@@ -256,7 +263,10 @@ def _groups(records: Iterator[Record], max_bytes: int) -> Iterator[list[Record]]
 
 
 def _size(image: Path | bytes | ImageStrip | None, max_bytes: int) -> int:
-    """Bytes that an image takes in a group. A file above `max_bytes`, or that cannot be read, takes none."""
+    """Bytes by which an image counts towards the size of its group.
+
+    A file that cannot be read or is too large counts 0.
+    """
     if isinstance(image, bytes):
         return len(image)
     if not isinstance(image, Path):

@@ -104,9 +104,9 @@ class ShardWriter:
     ) -> str | None:
         """Append one sample to a split, or reject it.
 
-        The image is stored as it is, but a transparent one on white, as a PNG.
-        Captions that are invisible, repeated or no Unicode are dropped. White space in a caption becomes single blanks,
-        a lone surrogate in the metadata "?".
+        The image file is stored unchanged, but a transparent image is stored on white, as a PNG. Captions that are
+        invisible, repeated or no Unicode are dropped. White space in a caption becomes single blanks. A lone surrogate
+        in the metadata becomes "?".
 
         Returns:
             None if the sample was written, else the reason for its rejection, which is counted in `rejected`.
@@ -202,13 +202,16 @@ class Shard:
     captions: int = 0
     index: list[str] = field(default_factory=list)
     images: dict[bytes, tuple[str, int]] = field(default_factory=dict)
-    """Name and offset of each image in the tar, by the SHA-256 of its content."""
+    """Member name and byte offset of each image in the tar, keyed by the SHA-256 of its content."""
 
     def __post_init__(self) -> None:
         self.tar = tarfile.open(self.path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115 (closed in `close`)
 
     def fits(self, parts: Sequence[tuple[str, bytes]], max_bytes: int) -> bool:
-        """True if the tar with this sample takes at most `max_bytes`. The first sample always fits."""
+        """True if the tar has at most `max_bytes` with a further sample. The first sample of a tar always fits.
+
+        parts: extension and content of each file of the sample.
+        """
         stored = [content for extension, content in parts if not self._stored(extension, content)]
         blocks = len(parts) + sum(-(-len(content) // tarfile.BLOCKSIZE) for content in stored)
         return not self.samples or self.tar.offset + blocks * tarfile.BLOCKSIZE <= max_bytes
@@ -234,7 +237,7 @@ class Shard:
         self.captions += num_captions
 
     def _stored(self, extension: str, content: bytes) -> tuple[str, int] | None:
-        """Name and offset of an equal image that the tar already has, or None."""
+        """Member name and byte offset of an equal image that the tar already has, or None."""
         return self.images.get(hashlib.sha256(content).digest()) if extension in IMAGE_EXTENSIONS else None
 
     def close(self) -> dict[str, Any]:
@@ -255,9 +258,9 @@ def components_of_sample(
 
 
 def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int) -> tuple[list[str], bytes]:
-    """Captions that have an ordinary token, and their `.tok` component.
+    """Tokenize the captions of a sample. Returns those that have an ordinary token, and the content of the `.tok` file.
 
-    It has for each of them a count n and n ids, [CLS] ... [SEP], as little-endian int32.
+    The file holds for each of them a count n and n ids, [CLS] ... [SEP], as little-endian int32.
     """
     tokens, lengths = tokenizer.encode(captions, max_length)
     ends = np.cumsum(lengths)

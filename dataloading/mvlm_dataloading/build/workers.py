@@ -60,7 +60,7 @@ class _Worker:
     connection: Connection
     task: Any = None
     begun: bool = False
-    """False until the process has started and imported the calling program."""
+    """False until the worker process has started and has imported the program that called `run_tasks`."""
 
 
 def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) -> Generator[TaskEvent, Any, None]:
@@ -147,7 +147,10 @@ def _start_worker(function: Callable[..., Any]) -> _Worker:
 
 
 def _worker_main(function: Callable[..., Any], connection: Connection) -> None:
-    """Receive tasks, send progress and results; end with the connection or the parent."""
+    """Main function of a worker process: call `function` on each task that arrives, and send back events.
+
+    It ends when the connection is closed, or when the parent process ends.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.send(("begun", None))
@@ -254,7 +257,7 @@ def _move(piece: Path, remote: RemoteFolder) -> None:
 
 
 def _crashes(folder: Path, number: int) -> dict[str, list[int]]:
-    """Records of a piece that killed a decoder: "fatal" alone, "suspect" as part of a batch."""
+    """Numbers of the records of a piece that killed a decoder: "fatal" if decoded alone, "suspect" if among others."""
     noted = folder / f"{number:06d}.crashes"
     return json.loads(noted.read_text()) if noted.is_file() else {"suspect": [], "fatal": []}
 
@@ -302,7 +305,7 @@ def write_pieces_on_ray(
 
 
 def ray_cores() -> int:
-    """Number of cores of the cluster."""
+    """Number of CPU cores of the Ray cluster, which is joined or started first if need be."""
     ray = need("ray", "ray")
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)

@@ -18,7 +18,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 KINDS = {"image": IMAGE_EXTENSIONS, "text": ("txt",), "meta": ("json",), "tokens": ("tok",)}
 
 LINE_BYTES = 4096
-"""Most bytes of a sample's line, in the mean."""
+"""Most bytes that the lines of an index may have on average: one line per sample."""
 
 _BLANK, _NEWLINE = b" \n"
 
@@ -42,11 +42,12 @@ class DaliIndex:
     """A DALI index, parsed: key, offset and size of each sample's components."""
 
     components: dict[str, Component]
-    """Keyed by the names in KINDS. If a sample has several components of a kind, the last one is used."""
+    """Offsets and sizes by kind of component (a key of KINDS). If a sample has several of a kind, the last one is used.
+    """
     keys: bytes
     """The samples' keys, one after another. A key is the name of the first component without its extension."""
     key_end: Int64
-    """(n,) end of each key in `keys`."""
+    """int64 (n,), end of each sample's key in `keys`, in bytes."""
 
     def __len__(self) -> int:
         return len(self.key_end)
@@ -62,14 +63,14 @@ def format_index(lines: Sequence[str]) -> str:
 
 
 def components_of(line: str) -> tuple[str, list[tuple[str, int, int]]]:
-    """Key of a line's sample; extension, offset and size of each component."""
+    """Parse a line of an index: key of its sample, and (extension, offset, size in bytes) of each component."""
     words = list(zip(*[iter(line.split(" "))] * 4, strict=True))
     extension, _, _, name = words[-1]
     return name[: -len(extension) - 1], [(kind, int(offset), int(size)) for kind, offset, size, _ in words]
 
 
 def read_head(text: bytes) -> tuple[str, int]:
-    """The first line of an index, and the number of lines after it."""
+    """Header line of an index file, whose content is `text`, and the number of lines after it."""
     head, _, rest = text.partition(b"\n")
     lines = rest.count(b"\n") + (bool(rest) and not rest.endswith(b"\n"))
     return head.decode(errors="replace").strip(), lines
@@ -110,7 +111,7 @@ def parse_index(text: bytes) -> DaliIndex:
 
 
 def _join(data: UInt8, begin: Int64, end: Int64) -> tuple[bytes, Int64]:
-    """The parts `begin` to `end` of `data`, one after another, and the end of each among them."""
+    """Concatenate the slices data[begin[i]:end[i]]. Returns their bytes, and the end of each slice in them, int64."""
     length = np.maximum(end - begin, 0)
     joined = np.cumsum(length)
     places = np.arange(joined[-1] if len(joined) else 0) + np.repeat(begin - (joined - length), length)
@@ -118,7 +119,10 @@ def _join(data: UInt8, begin: Int64, end: Int64) -> tuple[bytes, Int64]:
 
 
 def _codes(data: UInt8, begin: Int64, end: Int64) -> Int64:
-    """The first 7 characters of each word, in lower case, as one number with the first in the lowest byte."""
+    """Code of each word data[begin[i]:end[i]]: its first 7 characters in lower case, as the bytes of an int64.
+
+    The first character is in the lowest byte.
+    """
     code = np.zeros(len(begin), np.int64)
     for k in range(7):
         inside = begin + k < end
@@ -131,7 +135,10 @@ def _codes(data: UInt8, begin: Int64, end: Int64) -> Int64:
 
 
 def _numbers(data: UInt8, begin: Int64, end: Int64) -> Int64:
-    """The words as decimal numbers."""
+    """Parse each word data[begin[i]:end[i]] as a decimal number, int64.
+
+    ValueError if one is no number or has over 18 digits.
+    """
     if not len(begin):
         return np.zeros(0, np.int64)
     width = end - begin

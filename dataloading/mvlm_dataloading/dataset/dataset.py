@@ -27,7 +27,7 @@ from .sample_index import SampleIndex
 
 
 class Keys:
-    """Keys of samples, read from an index on request."""
+    """Sequence of the keys of a split's samples, each of which is read from the index when it is asked for."""
 
     def __init__(self, index: SampleIndex | LinkedIndex, start: int, stop: int):
         self._index, self._start, self._stop = index, start, stop
@@ -46,7 +46,7 @@ class Keys:
 class Dataset:
     """One split of a data folder, made by `open_dataset`. A sample's id is its position, 0 to len - 1.
 
-    Shape legend: n samples of a request, S shards.
+    Shape legend: n samples of a request, N samples of the split, S shards.
     """
 
     folder: Path
@@ -56,9 +56,9 @@ class Dataset:
     index: SampleIndex | LinkedIndex
     """Index of the whole split."""
     start: int
-    """Position in the index of the first sample."""
+    """Position in `index` of the first sample: a data set may be a range of the split (`rows`)."""
     stop: int
-    """Position in the index after the last sample."""
+    """Position in `index` behind the last sample."""
     description: dict[str, Any]
     """Content of `dataset.json`."""
     fingerprint: str
@@ -68,7 +68,7 @@ class Dataset:
     links: LinkReader | None = None
     """Reader of the samples of linked data."""
     compared: set[int] = field(default_factory=set)
-    """Numbers of the local shards that have been compared with the index."""
+    """Indices in `tars` of the local shards that have been compared with the index."""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -97,7 +97,7 @@ class Dataset:
 
     @property
     def shard_sizes(self) -> Int64:
-        """Number of these samples in each shard, int64 (S,)."""
+        """Number of samples of this data set in each shard, int64 (S,)."""
         return np.diff(np.clip(self.index.first, self.start, self.stop))
 
     def shard_of(self, ids: Any) -> Int64:
@@ -105,7 +105,7 @@ class Dataset:
         return self.index.shard_of(np.asarray(ids) + self.start)
 
     def locate(self, kind: str, ids: Any) -> tuple[Int64, Int64]:
-        """Offset of a component in its tar, and its size in bytes, int64, of the shape of `ids`.
+        """Byte offset of a component in its tar, and its size in bytes, of each sample: int64 of the shape of `ids`.
 
         Args:
             kind: image, text, meta or tokens. The size of a component that a sample lacks is -1.
@@ -226,9 +226,14 @@ def check_size(tar: Path, size: int) -> os.stat_result:
 
 
 def compare_with_tar(index: SampleIndex | LinkedIndex, shard: int, tar: Path, source: Path, hint: str) -> None:
-    """Compare an index, which was read from `source`, with a tar at the shard's first, middle and last sample.
+    """Compare the index of a shard with the tar: the headers of the first, the middle and the last sample.
 
-    Places of the other samples have to be inside the tar: DALI maps it, and reading beyond it would end the process.
+    Components of the other samples have to lie inside the tar: DALI maps it, and reading beyond it would end the
+    process.
+
+    Args:
+        source: file from which the index was read, for messages.
+        hint: what to do, for messages.
 
     Raises:
         DataError: a component is not where the index says.
@@ -266,7 +271,7 @@ def compare_with_tar(index: SampleIndex | LinkedIndex, shard: int, tar: Path, so
 
 
 def _header(file: BinaryIO, offset: int) -> bytes:
-    """Header in front of the content at `offset`."""
+    """Tar header, 512 bytes, of the member whose content begins at byte `offset`."""
     file.seek(max(0, offset - tarfile.BLOCKSIZE))
     return file.read(tarfile.BLOCKSIZE)
 
@@ -279,10 +284,12 @@ def _member(header: bytes) -> tarfile.TarInfo | None:
 
 
 def _owner(tar: Path, before_text: bytes, key: str, extensions: tuple[str, ...]) -> str | None:
-    """Key of the sample to whose image the image of `key` is a hard link, or None.
+    """Key of the sample to whose image the image of sample `key` is a hard link in the tar, or None.
 
     Args:
-        before_text: the header in front of that of the text, where builds put the link. Other tools put it anywhere.
+        before_text: tar header before that of the sample's text, where builds put the link. Other tools put it
+            anywhere.
+        extensions: file name extensions of images.
     """
     member = _member(before_text)
     if member is not None and member.islnk() and member.name.rpartition(".")[0] == key:
@@ -369,7 +376,10 @@ def image_name(metadata: Mapping[str, Any]) -> str | None:
 
 
 def first_samples(metadata: Iterable[Mapping[str, Any]]) -> list[int]:
-    """Number of the first sample of each sample's image, given the metadata of all; its own without an `image_id`."""
+    """For each sample, the number of the first sample of the same image, by the `image_id` in their metadata.
+
+    A sample without an `image_id` gets its own number. metadata: that of all samples, in order.
+    """
     named: dict[str, int] = {}
     names = map(image_name, metadata)
     return [i if name is None else named.setdefault(name, i) for i, name in enumerate(names)]

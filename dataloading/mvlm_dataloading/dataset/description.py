@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 
 def index_command(folder: Path, *flags: str) -> str:
-    """The command that makes the indices of a folder again, for a shell, in back quotes for messages."""
+    """Shell command, in back quotes for messages, that rebuilds the indices of a data folder."""
     return f"`{shlex.join(['mvlm', 'data', 'index', str(folder), *flags])}`"
 
 
@@ -39,7 +39,10 @@ def describe_shard(tar: Path, samples: int, file: BufferedReader | None = None) 
 
 
 def add_shard(splits: dict[str, dict[str, Any]], split: str, shard: dict[str, Any], captions: int) -> None:
-    """Append a shard and its captions to the field `splits` of a description."""
+    """Append a shard to its split in the field `splits` of dataset.json, and add it to the split's counts.
+
+    captions: how many the shard has.
+    """
     entry = splits.setdefault(split, {"samples": 0, "captions": 0, "shards": []})
     entry["samples"] += shard["samples"]
     entry["captions"] += captions
@@ -111,7 +114,7 @@ def require_same(found: Mapping[str, Any], out: Path | str, name: str, recipe: M
 
 
 def _short(value: Any) -> str:
-    """A value in a message: hashes and lists by their beginning."""
+    """A value as text for a message; a long one, such as a hash, by its first 12 characters."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
 
@@ -283,7 +286,10 @@ _INSIDE: _Kind = ("a file inside the folder", _is_inside)
 
 
 class _Fields:
-    """Checks of parts of a description. Each raises DataError with the name of the field."""
+    """Type checks of the fields of dataset.json.
+
+    A method raises DataError, which names the field, for a wrong value.
+    """
 
     def __init__(self, where: str) -> None:
         self._where = where
@@ -295,14 +301,20 @@ class _Fields:
         )
 
     def value(self, value: Any, name: str, kind: _Kind) -> Any:
-        """The value, if it is of the kind."""
+        """Return `value`, or raise DataError if it is not of the kind. name: of the field, for the message."""
         wanted, good = kind
         if not good(value):
             self.refuse(f"{name}: {_shown(value)}, not {wanted}")
         return value
 
     def entry(self, part: dict[str, Any], name: str, kind: _Kind, place: str = "", *, optional: bool = False) -> Any:
-        """The value of the field `name` of `part`, whose own name is `place`, if it is of the kind."""
+        """Return part[name], or raise DataError if it is missing or not of the kind.
+
+        Args:
+            part: object in dataset.json.
+            place: prefix of the name in the message, such as that of the enclosing field.
+            optional: return None for a missing field.
+        """
         named = f"{place}{name if name.isprintable() and len(name) <= 60 else _shown(name)}"
         if name in part:
             return self.value(part[name], named, kind)

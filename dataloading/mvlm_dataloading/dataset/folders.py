@@ -48,7 +48,10 @@ _DENIED = (401, 403, 407)
 
 
 class NotThereError(DataError):
-    """A remote file is missing, or may not be read, which stores tell those apart who may list its folder."""
+    """A remote file is missing, or may not be read.
+
+    Some stores tell these apart only to those who may list the folder.
+    """
 
 
 class RemoteFolder:
@@ -147,12 +150,13 @@ class RemoteFolder:
         self.fetch(name, limit, lambda size: to, check, exact=exact)
 
     def fetch(self, name: str, limit: int, begin: Begin, check: Callable[[Path], None], *, exact: bool = False) -> Path:
-        """Fetch a file to the path that `begin` returns, which is called with the bytes it will have at most.
+        """Fetch a file to a path of the caller's choice, and return that path.
 
         Args:
-            check: raises OSError for a damaged one, which is fetched again.
-
-        `limit` and `exact` are those of `read`.
+            limit: most bytes that the file may have.
+            begin: called before the transfer with the most bytes that the file will have; returns the path to write to.
+            check: raises OSError for a damaged file, which is then fetched again.
+            exact: as for `read`.
         """
 
         meters: list[Meter] = []
@@ -196,16 +200,18 @@ class RemoteFolder:
         return self.filesystem.info(path)["size"]
 
     def _path(self, name: str) -> str:
-        """Path of a file for `filesystem`."""
+        """Path of a file in the form that the fsspec file system takes."""
         if self.protocol in WEB:
             name = quote(name, safe="/!$&'()*+,;=:@~")
         return (f"{self._root}/{name}" if name else self._root) + self._query
 
     def attempt(self, name: str, action: Callable[[str], Any], heard: Callable[[], float] = lambda: 0) -> Any:
-        """Result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail.
+        """Result of `action` on the remote path of a file, retried after pauses. DataError when all attempts fail.
 
         Args:
-            heard: time at which something last came from the store. After `STALLED_S` there are no more attempts.
+            name: file in the folder; empty for the folder itself.
+            heard: returns the monotonic time at which data last came from the store. If that is more than `STALLED_S`
+                ago, a failure is not retried.
         """
         place, began, said = f"{self.url}/{name}" if name else self.url, time.monotonic(), ""
         for attempt in range(_ATTEMPTS):
@@ -244,7 +250,10 @@ class RemoteFolder:
 
 
 def _status(error: Exception) -> Any:
-    """Status of the answer that an error tells of, or None. Its name is that of aiohttp, or of Google's client."""
+    """HTTP status code that an error of a remote file system has, or None.
+
+    aiohttp calls it `status`, Google's client `code`.
+    """
     return error.status if hasattr(error, "status") else getattr(error, "code", None)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -306,7 +315,10 @@ def in_time(function: Callable[[], Any]) -> Any:
 
 
 class LocalFolder:
-    """Folder on a disk, with the methods of `RemoteFolder`. With `gives_away`, `get` moves files and copies none."""
+    """Folder on a disk, with the methods of `RemoteFolder`.
+
+    gives_away: `get` moves files out of the folder instead of linking or copying them.
+    """
 
     def __init__(self, folder: Path, *, gives_away: bool = False):
         self.folder, self.url = folder, str(folder)
@@ -327,7 +339,7 @@ class LocalFolder:
         return [path.relative_to(self.folder).as_posix() for path in (self.folder / folder).rglob("*")]
 
     def get(self, name: str, to: Path) -> None:
-        """Give a file a second name, copy it where that is impossible, or move it. `to` appears complete."""
+        """Put a file at the path `to`, complete or not at all: by a hard link or else a copy, or by moving it."""
         path = self.folder / name
         if self._gives_away:
             path.rename(to)
@@ -361,7 +373,9 @@ LOCK = "lock"
 
 
 def lock_folder(folder: Path) -> AbstractContextManager[BaseFileLock]:
-    """Make a folder, and lock it for this process until the context ends. The kernel drops the lock of a killed one.
+    """Make a folder if there is none, and lock it for this process until the returned context ends.
+
+    The operating system drops the lock of a killed process.
 
     Raises:
         DataError: another process has locked it.

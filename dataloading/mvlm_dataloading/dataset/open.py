@@ -90,7 +90,7 @@ def write_index(folder: Path, split: str, *, with_tars: bool = True) -> Path:
     """Write `<split>.index` of a local data folder from the DALI indices of its shards. Returns its path.
 
     Args:
-        with_tars: the tars are there too, and are compared with the indices.
+        with_tars: True if the tars are in the folder too; they are then compared with the DALI indices.
 
     Raises:
         DataError: as in `open_dataset`. A `<split>.index` that is there stays as it was.
@@ -154,7 +154,10 @@ def is_linked(description: Mapping[str, Any]) -> bool:
 def _open_linked(
     folder: Path, description: dict[str, Any], split: str, index: SampleIndex, remote: RemoteCache
 ) -> Dataset:
-    """Open a split of linked data. The cache writes its shards from their samples, read where they are."""
+    """Open a split of linked data, whose samples stay in tars or Parquet files of others.
+
+    When a shard is needed, `remote` writes it to the cache from samples that are read where they are.
+    """
     shards = _shards_of_split(folder, description, split)
     names = _names_in_cache(split, shards)
     remote.register_shards(names)
@@ -193,7 +196,7 @@ def _remote_index(remote: RemoteCache, description: dict[str, Any], split: str) 
 
 
 def _names_in_cache(split: str, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Linked shards with the names of their files in the cache in place of their URLs."""
+    """Entries of the shards of linked data, with the names of their tars in the cache in place of the files' URLs."""
     return [{**shard, "tar": f"{split}-{number:06d}.tar"} for number, shard in enumerate(shards)]
 
 
@@ -212,7 +215,12 @@ def _map(
     hint: str,
     fetch: Callable[[int, int], None] | None = None,
 ) -> SampleIndex:
-    """Map a split's index. DataError if it is damaged or belongs to other shards. `fetch`: as of `SampleIndex`."""
+    """Memory-map the index file of a split. DataError if it is damaged or belongs to other shards.
+
+    Args:
+        hint: what to do, for messages.
+        fetch: as for `SampleIndex`.
+    """
     index, shards, columns = map_index(path, hint, fetch), description["splits"][split]["shards"], len(Field)
     if is_linked(description):
         linked = options_of(description, f"{path.parent}/dataset.json")
@@ -237,7 +245,10 @@ def _check_tar(tar: Path, shard: dict[str, Any], path: Path) -> None:
 
 
 def _check_samples(dataset: Dataset) -> None:
-    """Compare DALI indices that were packed with their tars, and refuse blank captions."""
+    """Compare the index of each shard with its tar, and raise DataError for a sample whose captions are all blank.
+
+    For a data set whose index was just made from DALI indices.
+    """
     for number, shard in enumerate(dataset.shards):
         tar, path = shard_paths(dataset.folder, shard)
         compare_with_tar(dataset.index, number, tar, path, _hint(tar, path, shard))
@@ -279,8 +290,8 @@ def _pack(
     """Write a split's index to the empty file `file`, from the DALI indices of its shards.
 
     Args:
-        with_tars: the tars are there too.
-        fetch_again: fetches a shard's index, of which the cached one cannot be used.
+        with_tars: True if the tars are there too.
+        fetch_again: fetches the DALI index of a shard once more, if the cached one cannot be used.
     """
     writer = IndexWriter(file, split, shards)
     for shard in shards:
@@ -299,7 +310,7 @@ def _pack(
 
 
 def _hint(tar: Path, path: Path, shard: dict[str, Any]) -> str:
-    """The way to a good DALI index, for messages."""
+    """Command that makes the DALI index of a tar again, or advice for a view, for messages."""
     return (
         "make the view again"
         if "index" in shard
@@ -308,7 +319,16 @@ def _hint(tar: Path, path: Path, shard: dict[str, Any]) -> str:
 
 
 def _add(writer: IndexWriter, tar: Path, path: Path, shard: dict[str, Any], hint: str) -> None:
-    """Append a shard's samples to an index. Nothing is appended if its DALI index cannot be used."""
+    """Append the samples of one shard to the split's index that `writer` writes.
+
+    Args:
+        tar, path: the shard and its DALI index.
+        shard: its entry in dataset.json.
+        hint: what to do, for messages.
+
+    Raises:
+        DataError: the DALI index cannot be used. Nothing is appended then.
+    """
     try:
         text = read_regular(path, "index")
     except FileNotFoundError:

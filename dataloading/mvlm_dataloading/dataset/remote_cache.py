@@ -120,7 +120,7 @@ class RemoteCache:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A context in which an error of the disk is one of the cache's folder, of one line."""
+        """Context in which an error of the cache's disk becomes a DataError of one line that names the cache."""
         try:
             yield
         except OSError as error:
@@ -167,7 +167,14 @@ class RemoteCache:
         return path
 
     def begin_index(self, name: str, head: bytes, size: int) -> Path:
-        """Make the cached index of a split, of which the head alone is there. Returns its path."""
+        """Make the cached file of a split's index with its head only; the rest is a hole, to be filled later.
+
+        Args:
+            head: header and table of the index.
+            size: bytes of the whole index.
+
+        Returns its path. An index with the same head that is there is kept.
+        """
         path = self.folder / name
         with self._sole(path):
             if path.is_file() and path.stat().st_size == size:
@@ -210,7 +217,7 @@ class RemoteCache:
 
     @contextlib.contextmanager
     def _sole(self, path: Path) -> Iterator[None]:
-        """A context in which this process alone fetches a file that is no shard."""
+        """Context in which this process alone fetches the file `path`, which is no shard."""
         with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{path}.lock").acquire()
@@ -243,7 +250,7 @@ class RemoteCache:
             os.close(descriptor)
 
     def _forget_if_removed(self, shard: int) -> None:
-        """Give up the lock of a held shard that somebody has removed: the lock that fetches it again waits for it."""
+        """Release a held shard whose file somebody has removed. Fetching it again would wait for its lock."""
         if shard in self._held and not (self.folder / self._shards[shard]["tar"]).is_file():
             os.close(self._held.pop(shard))
 
@@ -296,13 +303,20 @@ class RemoteCache:
         """Fetch a file to `path`. The caller holds its lock.
 
         Args:
-            limit: bytes that it may have.
-            check: raises OSError for a damaged one, which is fetched again.
+            limit: most bytes that the file may have.
+            check: raises OSError for a damaged file, which is fetched again.
         """
         self._place(path, lambda begin: self.remote.fetch(name, limit, begin, check))
 
     def _place(self, path: Path, fetch: Callable[[Begin], Path]) -> None:
-        """Put at `path` the file that `fetch` has written to the path of its `begin`. The caller holds its lock."""
+        """Make room in the cache for a file, let `fetch` write it to a temporary path, and rename it to `path`.
+
+        Args:
+            fetch: called with a function that reserves a number of bytes and returns the temporary path. Returns that
+                path.
+
+        The caller holds the lock of the file.
+        """
 
         def begin(size: int) -> Path:
             part = Path(f"{path}.{size}.part")
@@ -343,12 +357,12 @@ class RemoteCache:
 
 
 class _Entry(NamedTuple):
-    """Files of a cache that are removed together: a shard, or what else a data set has."""
+    """Files of the cache that are removed together: one shard, or all files of a data set that are no shards."""
 
     last_use: int
     lock: Path
     size: int
-    """Bytes, also those that are reserved."""
+    """Bytes of the files, or those that are reserved for a file in transfer."""
     files: tuple[Path, ...]
 
     def remove(self) -> int:
@@ -369,7 +383,7 @@ class _Entry(NamedTuple):
 
 
 def _of(folder: Path) -> Iterator[_Entry]:
-    """All files of a data set in the cache, but for locks."""
+    """Entries of one data set in the cache: all files of its `folder` but the locks."""
     others, bytes_of_others = [], 0
     for path in folder.rglob("*"):
         if path.suffix == ".lock" or path.name == "lock":

@@ -47,7 +47,10 @@ SHARD = np.dtype([("samples", "<u8"), ("key_bytes", "<u8"), ("records_crc", "<u4
 
 
 class Field(IntEnum):
-    """Columns of a record. A block of a tar has 512 bytes. A kind that a sample lacks has the size ABSENT."""
+    """Columns of a record, the nine numbers that locate a sample in its tar.
+
+    Places are counted in blocks of 512 bytes, sizes in bytes. The size of a component that a sample lacks is ABSENT.
+    """
 
     IMAGE_BLOCK = 0
     IMAGE_SIZE = 1
@@ -67,7 +70,7 @@ WIDTHS = range(12, 48, 4)
 """Bytes of a record: 36; of linked data 12, and 8 more for each file of captions."""
 _DIGITS = re.compile(r"[0-9a-f]{32}")
 KEY_BYTES = 1024
-"""Most bytes of a key, in the mean of all samples."""
+"""Most bytes that the keys of all samples may have on average."""
 
 
 def most_bytes(samples: int, shards: int) -> int:
@@ -87,7 +90,7 @@ def shards_hash(split: str, shards: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 class SampleIndex:
-    """An open index.
+    """An open index of a split.
 
     Args:
         content: the bytes of an index file.
@@ -99,8 +102,8 @@ class SampleIndex:
     Attributes:
         first: int64 (S + 1,): id of the first sample of each shard, and N.
         fingerprint: hash of the split's samples and their order.
-        columns: numbers of a record.
-        described: hash of the described shards, see `shards_hash`.
+        columns: how many uint32 numbers a record has.
+        described: hash of the shards as dataset.json describes them, see `shards_hash`.
 
     Raises:
         DataError: the content is no index, is damaged or truncated, or has another version. From all methods: the
@@ -142,7 +145,7 @@ class SampleIndex:
         self._records = np.frombuffer(content, "<u4", self.columns * samples, records_at).reshape(samples, self.columns)
         self._keys = np.frombuffer(content, np.uint8, key_bytes, keys_at)
         self._places = (records_at + width * self.first).tolist(), (keys_at + self._key_first).tolist()
-        """Places in the file of each shard's records, and of its keys."""
+        """Byte offsets in the file, by shard, of the shard's records and of its keys."""
         self._crc = np.stack([table["records_crc"], table["keys_crc"]])  # (2, S)
         self._checked = np.full(self._crc.shape, path is None)
 
@@ -167,7 +170,10 @@ class SampleIndex:
         return found[..., 0] * BLOCK, np.where(found[..., 1] == ABSENT, -1, found[..., 1])
 
     def records(self, shard: int, rows: Any) -> NDArray[np.uint32]:
-        """Records of some samples of a shard, uint32 (n, columns). `rows` count from its first sample."""
+        """Records of the samples `rows` of a shard, uint32 (n, columns).
+
+        Rows are counted from the shard's first sample.
+        """
         self._check(0, shard)
         return self._records[self.first[shard] + np.asarray(rows)]
 
@@ -227,9 +233,9 @@ def head_crc(header: bytes | memoryview, table: NDArray) -> int:
 
 
 def bytes_of_head(header: bytes, most: int) -> tuple[int, int]:
-    """Bytes of the header and the table of an index, and of the whole index, by its header.
+    """Read from an index's header the size of header and table together, and that of the whole index, in bytes.
 
-    ValueError if it is none, or if the index states more than `most` bytes.
+    ValueError if it is no header of an index, or if the index states more than `most` bytes.
     """
     if len(header) < HEADER.size:
         raise ValueError(f"{len(header)} bytes")
@@ -295,12 +301,12 @@ def fingerprint_of(index: Any, split: str, shards: Sequence[Mapping[str, Any]], 
 
 
 class IndexWriter:
-    """Writer of one index. Call `add` for each shard in order, then `finish`.
+    """Writer of the index of one split. Call `add` for each shard in order, then `finish`.
 
     Args:
         file: empty, open for writing and seeking.
         shards: the split's shards, as `dataset.json` describes them.
-        columns: numbers of a record.
+        columns: how many uint32 numbers a record has.
         captions: as for `Fingerprint`.
     """
 

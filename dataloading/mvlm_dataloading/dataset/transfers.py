@@ -39,10 +39,10 @@ class TooLongError(Exception):
 
 
 class Meter:
-    """Bytes of one transfer. It may have `limit` bytes, and must not be too slow.
+    """Guard of one transfer: counts its bytes, and ends it if it has more than `limit` bytes or is too slow.
 
     Attributes:
-        latest: time at which the last of them came; 0 before the first.
+        latest: monotonic time at which bytes last came; 0 before the first.
     """
 
     def __init__(self, limit: int):
@@ -56,7 +56,10 @@ class Meter:
             raise TooLongError(self.limit)
 
     def begin(self, size: int | None, begin: "Begin") -> Path:
-        """Path for a file of a stated size, if there is one. From then on it may have no more bytes than that."""
+        """Check the size that a store states, if any, and return the path to write to, which `begin` gives.
+
+        A stated size becomes the limit of the transfer. begin: called with the most bytes that the file will have.
+        """
         self.expect(size)
         self.limit = self.limit if size is None else size
         return begin(self.limit)
@@ -93,10 +96,10 @@ def transfer(filesystem: Any, protocol: str, path: str, meter: Meter, listed: in
     Args:
         filesystem: of fsspec, for the protocol (s3, gs, hf, http or https) and the path.
         meter: new, with the limit of the file.
-        listed: bytes that the store lists, if they are known.
+        listed: size in bytes that the store lists, if it is known.
 
     Raises:
-        TooLongError: it has more bytes. What has come may be left on the disk.
+        TooLongError: the file has more bytes than its limit. A part of it may be left on the disk.
     """
     if protocol in WEB:
         return need("fsspec.asyn").sync(filesystem.loop, _stream, filesystem, path, meter, begin)
@@ -127,7 +130,7 @@ async def _stream(filesystem: Any, url: str, meter: Meter, begin: Begin) -> Path
 @functools.cache
 def _callback_class() -> type:
     class Progress(need("fsspec.callbacks").Callback):
-        """Passes on to a meter what fsspec tells of a transfer."""
+        """Callback of an fsspec transfer that reports its bytes to a `Meter`."""
 
         def __init__(self, meter: Meter):
             super().__init__()
@@ -145,7 +148,7 @@ def _callback_class() -> type:
 
 @contextmanager
 def listing(limit: int) -> Iterator[None]:
-    """A context in which answers that are read at once have at most `limit` bytes together."""
+    """Context in which the HTTP answers that are read whole, as a listing, have at most `limit` bytes together."""
     before = _left.set([limit])
     try:
         yield
@@ -230,7 +233,7 @@ def options(protocol: str) -> dict[str, Any]:
 
 
 def _session(given: Any, **further: Any) -> dict[str, Any]:
-    """Arguments of a session of aiohttp.
+    """Arguments of an aiohttp session: `given` by the user and `further` ones, with the limits of this module.
 
     Nothing is decompressed: a small answer could else be as large as it likes. By default aiohttp would also end a
     transfer after five minutes, however well it goes.

@@ -64,7 +64,7 @@ class RgbRows:
         self._range = None if image.mode not in ("I", "F") else self._extremes()
 
     def bands(self) -> Iterator[tuple[int, int]]:
-        """First row of each band of rows, and the row after its last."""
+        """Bounds of the bands of rows, from top to bottom: first row, and the row behind the last."""
         rows = max(1, BAND // self.width)
         return ((first, min(first + rows, self.height)) for first in range(0, self.height, rows))
 
@@ -107,13 +107,13 @@ class RgbRows:
 
 
 def to_rgb(image: Any, extremes: tuple[float, float] | None = None) -> Any:
-    """A PIL image in RGB. Transparent areas become white.
+    """Convert a PIL image to RGB. Transparent areas become white.
 
-    Of 16 bits a value keeps the upper eight, as DALI decodes it, and floats from 0 to 1 are scaled. ValueError for
-    other values beyond 255.
+    Of 16-bit values the upper eight bits are kept, as DALI does. Floats from 0 to 1 are scaled to 0 to 255. ValueError
+    for other values beyond 255.
 
     Args:
-        extremes: smallest and largest value of the whole image, of which `image` is a band. Default: those of `image`.
+        extremes: smallest and largest value of the whole image, if `image` is a band of it. Default: those of `image`.
     """
     if not image.has_transparency_data:
         eight = _eight_bits(image, extremes)
@@ -139,9 +139,9 @@ def _with_alpha(image: Any) -> Any:
 
 
 def _eight_bits(image: Any, extremes: tuple[float, float] | None = None) -> Any:
-    """An image of 8 bits a value. Pillow would clip wider ones at 255.
+    """Convert a PIL image to 8 bits a value. Pillow's own conversion would clip wider values at 255.
 
-    ValueError for integers beyond 16 bits and floats beyond 255.
+    ValueError for integers beyond 16 bits and floats beyond 255. extremes: as for `to_rgb`.
     """
     if not image.mode.startswith(("I", "F")):
         return image

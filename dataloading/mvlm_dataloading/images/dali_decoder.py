@@ -39,7 +39,10 @@ class ImageDecoder:
         yield from (next(decoded) if reason is None else reason for reason in refused)
 
     def _refused(self, image: bytes) -> str | None:
-        """The reason for which an image is not given to DALI. One of a format that only DALI knows is."""
+        """The reason for which an image is not given to DALI, or None.
+
+        An image of a format that our header reader does not know is given to it, as DALI may know the format.
+        """
         if self._limits is None:
             return None
         try:
@@ -71,7 +74,12 @@ class ImageDecoder:
             begin += len(group)
 
     def _attempt(self, images: Sequence[bytes], decode: bool) -> list[NDArray[Any] | None]:
-        """The pipeline's output per image, None if it fails. Bisects, because DALI does not say which image failed."""
+        """Run the DALI pipeline on images: its output for each, None where it fails.
+
+        Failed batches are halved until the failing image is alone, because DALI does not say which one failed.
+
+        decode: True to decode the images, False to read their sizes.
+        """
         if not images:
             return []
         if len(images) > _BATCH:

@@ -96,10 +96,12 @@ def check_memory(width: int, height: int, needed: float, limits: ImageLimits) ->
 
 
 def check_image(content: bytes, limits: ImageLimits, *, further: int = 0, may_shrink: bool = False) -> ImageHeader:
-    """The header of an encoded image that may be decoded, with its `part`. Nothing is decoded.
+    """Read the header of an encoded image and check that it may be decoded within the limits. Nothing is decoded.
+
+    Returns the header; its `part` says at which fraction of the sides to decode.
 
     Args:
-        further: bytes per row that the caller takes beside the image, to resize it.
+        further: bytes of memory per pixel of the longer side that the caller takes besides, to resize the image.
         may_shrink: a JPEG that would take too much memory may be decoded at 1/2, 1/4 or 1/8 of its sides.
 
     Raises:
@@ -126,11 +128,11 @@ def check_image(content: bytes, limits: ImageLimits, *, further: int = 0, may_sh
 def decode(
     image: str | Path | bytes | Any, limits: ImageLimits, *, further: int = 0, may_shrink: bool = False
 ) -> RgbRows:
-    """Decode an image within the limits. Its rows are converted when they are asked for.
+    """Decode an image within the limits. Its rows are converted to RGB when they are asked for.
 
     Args:
         image: a path, the bytes of a file, or a PIL image, which may be opened and not yet decoded.
-        further: as for `check_image`, and so is `may_shrink`.
+        further, may_shrink: as for `check_image`.
 
     Raises:
         ImageRefusedError: the file is no regular one, or is no whole image within the limits.

@@ -31,9 +31,9 @@ class ImageHeader:
     height: int
     """Rows of pixels as stored, before the rotation that the EXIF data ask for."""
     pixel_bytes: float
-    """Bytes per pixel that Pillow takes for the decoded image, and on the way to it."""
+    """Bytes of memory per pixel that Pillow takes to decode the image, the result included."""
     kept_bytes: float = 0.0
-    """Further bytes per pixel that a JPEG of several scans takes, at whatever size it is decoded."""
+    """Further bytes per pixel that a JPEG of several scans takes, counted at the full size whatever `part` is."""
     raw_bytes: int = 0
     """Bytes of a PNG's rows before compression; 0 for other formats."""
     data_bytes: int = 0
@@ -68,7 +68,7 @@ def read_image_header(content: bytes) -> ImageHeader:
 
 
 class _Blocks:
-    """A count of a file's blocks, which ends the walk at the limit."""
+    """Counter of a file's blocks. `add` raises ImageRefusedError when there are more than the limit."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -119,7 +119,7 @@ def _png(content: bytes) -> ImageHeader:
 
 
 def png_data(content: bytes) -> Iterator[bytes]:
-    """The parts of the compressed pixels of a PNG."""
+    """Yield the content of each IDAT chunk of a PNG: together they are the compressed pixels."""
     at = 8
     while at + 8 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, at)
@@ -131,7 +131,7 @@ def png_data(content: bytes) -> Iterator[bytes]:
 
 
 def _png_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
-    """Bytes of all rows of a PNG, each with its filter."""
+    """Bytes of the uncompressed rows of a PNG, each with its filter byte. bits: per pixel."""
     total = 0
     for left, top, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
         columns, rows = max(0, -(-(width - left) // across)), max(0, -(-(height - top) // down))
@@ -250,7 +250,10 @@ _OF_BYTES = (1, 2, 7)  # types that Pillow keeps as bytes; of the others it make
 
 
 def _directory(content: bytes) -> dict[int, tuple[int, ...]]:
-    """First values of the whole numbers in the first directory of a TIFF file, or of EXIF data. Its cost is bounded."""
+    """Tags of the first directory of a TIFF file or of EXIF data: for each, its first values, at most 8 integers.
+
+    A tag of another type has no values. The work and the memory are bounded.
+    """
     order = {b"II": "<", b"MM": ">"}.get(content[:2])
     if order is None:
         return {}

@@ -27,20 +27,24 @@ MAX_PIXELS = 89_478_485
 
 
 def limits_of_build(max_pixels: int = MAX_PIXELS, max_bytes: int = sys.maxsize) -> ImageLimits:
-    """Limits of an image of a data set. Its memory follows from its pixels, its sides from the largest aspect."""
+    """Limits of an image that a build stores.
+
+    Memory and sides have no limits of their own: `max_pixels` bounds the memory, and the largest aspect ratio the
+    sides.
+    """
     return ImageLimits(max_bytes, max_pixels, max_side=max_pixels, max_memory=None)
 
 
 MAX_BLOCKS = 1_000
-"""Chunks, segments, extensions or tags of one file beside its pixels. A photograph has about ten."""
+"""Most chunks, segments, extensions or tags of a file that do not hold pixels. A photograph has about ten."""
 MAX_PARTS = 100_000
-"""Chunks of a PNG, or strips or tiles of a TIFF, that hold its pixels."""
+"""Most chunks of a PNG, or strips or tiles of a TIFF, that hold the pixels."""
 MAX_SCANS = 100
 LEAST_SCANS, MAX_SCANNED = 20, 1_000_000_000
-"""Scans of a JPEG: MAX_SCANS, but of a large one as many as decode MAX_SCANNED pixels, and LEAST_SCANS at least.
-A progressive one has about ten, and each takes nearly as long as a whole image."""
+"""Bounds of the number of scans of a JPEG. It may have MAX_SCANS; a large one only as many as decode MAX_SCANNED pixels
+together, but at least LEAST_SCANS. A progressive JPEG has about ten, and each takes nearly as long as a whole image."""
 MAX_RUN_BYTES = 4_000_000
-"""File size of a BMP with run lengths, which Pillow decodes in Python."""
+"""Most bytes of the file of a BMP with run-length compression, which Pillow decodes in Python."""
 
 
 UNDECODABLE = "image cannot be decoded"
@@ -55,7 +59,7 @@ _REASONS = {
 
 
 class ImageRefusedError(DataError):
-    """An image that is not used. The message has no name of the image: a caller puts it in front.
+    """An image is refused. The message does not name the image: a caller puts the name in front.
 
     Attributes:
         kind: "missing", "file" (not a regular one), "unreadable", "bytes", "empty", "format", "pixels", "side",
@@ -73,5 +77,5 @@ class ImageRefusedError(DataError):
 
 
 def unreadable(reason: str, kind: str = "damaged") -> ImageRefusedError:
-    """The error for content that is not the image that it should be."""
+    """The error for content that cannot be read as an image."""
     return ImageRefusedError(kind, f"wanted an image, could not read it: {reason}; use a PNG, JPEG or WebP")

@@ -42,7 +42,7 @@ FILL = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augment:
-    """Augmentations after the crop, all off by default; the shape of the crop; and the images that a stored one holds.
+    """Augmentations of training images after the crop, all off by default; the crop's shape; and the images in a strip.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -57,8 +57,8 @@ class Augment:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of a random crop's width over its height."""
     strip: int = 1
-    """Number n of images in each stored one, square and side by side (S', n S'). Each is cropped alike and resized;
-    batches hold them as (B, 3, S, n S). Patch masks are those of one image. Strips are not augmented."""
+    """Number n of square images that each stored image holds side by side, (S', n S'). Each is cropped alike and
+    resized; batches hold them as (B, 3, S, n S). Patch masks are those of one image. Strips are not augmented."""
 
     def __post_init__(self) -> None:
         for name, value, high in (
@@ -151,7 +151,15 @@ def draw_parameters(augment: Augment, seed: int, epochs: Any, ids: NDArray[np.in
 
 
 def _matrices(operation: NDArray[np.int64], signed: NDArray[np.float64], side: int) -> NDArray[np.float64]:
-    """Maps from result to source positions, (n, 3, 3), for one operation per image; identity if not geometric."""
+    """Matrices (n, 3, 3) that map pixel positions (x, y, 1) of the result to the source, one operation per image.
+
+    Identity for an operation that moves no pixels.
+
+    Args:
+        operation: int64 (n,), index in `OPERATIONS`.
+        signed: float64 (n, operations), magnitude of each operation from -1 to 1.
+        side: of the images, in pixels.
+    """
     n = len(operation)
     amount = signed[np.arange(n), operation]
     linear = np.broadcast_to(np.eye(2), (n, 2, 2)).copy()

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Batches:
-    """Makes batches from the reader's position on.
+    """Makes complete batches, from the current position of a `Reader` on.
 
     It holds no reference to its loader, so the garbage collector can free an unused loader while a thread works here.
     """
@@ -104,7 +104,7 @@ class Batches:
 
 
 class Prefetcher(Generic[T]):
-    """Results of `make` in order, made by a thread at most `depth` in advance. With a depth of 0, made on request.
+    """Gives the results of `make` in order, by `get`. A thread makes up to `depth` of them in advance; no thread for 0.
 
     The thread ends when `make` raises or returns None. After all earlier results, `get` then raises the exception or
     returns None. It also ends when nothing refers to this object any more, and at the interpreter's exit: no pipeline
@@ -114,7 +114,7 @@ class Prefetcher(Generic[T]):
         done: called once at the end, by the thread if there is one.
 
     Attributes:
-        close: end the thread after the result that it is making, and wait for it.
+        close: function that ends the thread after the result that it is making, and waits for it.
     """
 
     def __init__(self, make: Callable[[], T | None], depth: int, done: Callable[[], None]):

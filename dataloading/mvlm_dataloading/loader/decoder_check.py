@@ -49,7 +49,10 @@ def choose_decoding(device_id: int) -> Decoding:
 
 
 def find_fault(decoding: Decoding, device_id: int | Literal["cpu"]) -> str | None:
-    """Try a way of decoding on a CUDA device, or the CPU, in a subprocess. Returns its fault, or None if it works."""
+    """Decode test images in a subprocess in one way, on a CUDA device or the CPU.
+
+    Returns its fault, or None if it works.
+    """
     command = [sys.executable, "-c", _CODE, str(device_id), decoding.value]
     # The trial imports this package, from wherever this process has it.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -71,7 +74,10 @@ def find_fault(decoding: Decoding, device_id: int | Literal["cpu"]) -> str | Non
 
 
 def main(device_id: str, decoding: str) -> None:
-    """Entry point of the subprocess: print the largest mean difference of an image from the CPU's pixels, as JSON."""
+    """Entry point of the subprocess, which decodes test images on a device and on the CPU.
+
+    Prints as JSON the mean absolute difference of the pixels, 0 to 255, of the image that differs most.
+    """
     with tempfile.TemporaryDirectory(prefix="mvlm-decoder-check-") as folder:
         data = _write_images(Path(folder) / "data")
         wanted = _decode(data, Decoding.CPU, None)
@@ -118,7 +124,7 @@ def _decode(folder: Path, decoding: Decoding, device_id: int | None) -> np.ndarr
 
 
 def choose_device(device: str | None) -> tuple[int | None, Decoding]:
-    """Number of the CUDA device, None for the CPU; and a way of decoding that works there."""
+    """Number of the CUDA device, None for the CPU; and the way of decoding images that works there."""
     if device is None or torch.device(device).type != "cuda":
         return None, Decoding.CPU
     index = torch.device(device).index

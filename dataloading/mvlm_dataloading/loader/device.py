@@ -39,12 +39,15 @@ def working(device: torch.device) -> Iterator[None]:
 
 
 def owned(output: Any, device: torch.device) -> Tensor:
-    """A copy of DALI's output, a tensor on this device. DALI may overwrite its own memory from now on."""
+    """Copy an output of DALI into a torch tensor on this device. DALI may overwrite its own memory from now on."""
     with working(device):
         return torch.from_dlpack(output).clone()
 
 
 def hand_over(x: Tensor) -> None:
-    """Give x to the current stream of the calling thread."""
+    """Tell torch's allocator that the current CUDA stream of the calling thread reads `x`.
+
+    After x is freed, its memory is reused only when the stream has done what was queued before.
+    """
     if x.is_cuda:
         x.record_stream(torch.cuda.current_stream(x.device))

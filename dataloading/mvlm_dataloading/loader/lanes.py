@@ -24,42 +24,44 @@ from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.randomness import Purpose, hash64
 
 LANES = 64
-"""Lanes of a run whose ranks times microbatches divide so many."""
+"""Number of lanes of a run, if ranks times microbatches divide it and it divides a round."""
 BLOCK_BYTES = 2_000_000
-"""Bytes of a block, about: few enough to mix many in memory, and enough for a store's full speed."""
+"""Mean bytes of a block of adjacent samples: few enough to mix many in memory, enough for a store's full speed."""
 POOL = 1024
-"""Blocks that all lanes together have open at a time, and fewest blocks of a split, if it has so many samples."""
+"""Number of blocks that all lanes together mix at a time. A split is cut into at least as many, if it has enough
+samples."""
 PIECES = 1024
-"""Pieces that a split is permuted by, at least, if it has so many blocks. A piece is a shard, or a part of one."""
+"""Least number of pieces into which a split is cut, if it has so many blocks. A piece is a shard, or a part of one."""
 GROUP = 512
 """Pieces whose blocks are permuted together, over all lanes: eight of each of 64 lanes."""
 
 
 class Lanes(NamedTuple):
-    """Parameters of order 2. A state keeps them, and a resumed run goes on with them.
+    """Parameters of sample order 2, which a loader's state keeps, so that a resumed run goes on with them.
 
     NOTE: a change of this file that changes the order for equal parameters needs another version of the order. Else a
     resumed run repeats some samples and leaves others out, and nobody notices.
     """
 
     count: int
-    """Lanes."""
+    """Number of lanes."""
     rows: int
-    """Samples of a lane in a round."""
+    """Number of samples of one lane in a round."""
     block: int
-    """Samples of a block, at most."""
+    """Most samples of a block."""
 
 
 def choose_lanes(dataset: Dataset, parts: int, round_size: int, per_image: int) -> Lanes | None:
-    """Lanes of a new run. None for data that are read by whole shards, in order 1: all but linked tars.
+    """Choose the lanes of a new run. None for data that are read by whole shards, in order 1: all but linked tars.
 
     There are `LANES`, or so many more that all parts of a round are whole lanes. If that number does not divide a
     round, it is the largest divisor of both.
 
     Args:
         parts: ranks times microbatches.
-        round_size: samples of a round.
-        per_image: samples of an image that come one after another, so that a lane's share of a round is a multiple.
+        round_size: number of samples of a round.
+        per_image: number of samples of one image that come one after another. A lane's share of a round is a multiple
+            of it.
     """
     if dataset.links is None or dataset.links.has_tables:
         return None
@@ -101,7 +103,7 @@ class LaneOrder:
         self._group = lru_cache(maxsize=2 * lanes.count)(self._draw_group)
 
     def at(self, positions: Int64) -> tuple[Int64, Int64]:
-        """Sample ids and their epochs, int64 (n,) each, at some positions of the endless order."""
+        """Sample ids and their epochs, int64 (n,) each, at the positions int64 (n,) of the endless order."""
         epochs, (count, rows, _) = positions // self._size, self._lanes
         lanes = positions % (count * rows) // rows
         numbers = self._before(lanes, positions) - self._before(lanes, epochs * self._size)
@@ -138,15 +140,19 @@ class LaneOrder:
         return order[members], rounds * count * rows + int(lane) * rows + rest
 
     def _before(self, lanes: Int64, positions: Int64) -> Int64:
-        """Number of a lane's samples before each position of the endless order."""
+        """Number of samples of each lane that come before a position of the endless order, int64.
+
+        Arguments are broadcast.
+        """
         count, rows, _ = self._lanes
         rounds, slots = np.divmod(positions, count * rows)
         return rounds * rows + np.clip(slots - lanes * rows, 0, rows)
 
     def _draw_epoch(self, epoch: int) -> tuple[Int64, Int64, Int64]:
-        """First ids of the pieces in their order (P,), ends of the pieces (P,), and begins and end of lanes (L + 1,).
+        """Order of an epoch's pieces, and its division among lanes.
 
-        Ends and begins count the samples of the epoch.
+        Returns the first sample id of each piece in their order, int64 (P,); the end of each piece, int64 (P,); and the
+        begin of each lane and the end of the last, int64 (L + 1,). Ends and begins count the samples of the epoch.
         """
         order = np.argsort(hash64(Purpose.PIECES, self._seed, epoch, self._begin), kind="stable")
         lanes = np.arange(self._lanes.count)
@@ -155,7 +161,11 @@ class LaneOrder:
         return self._begin[order], np.cumsum(self._length[order]), np.append(0, np.cumsum(sizes))
 
     def _groups(self, epoch: int, lane: int) -> tuple[int, Int64]:
-        """Number of a lane's first piece in the epoch, and the end of each of its groups, among its samples."""
+        """Groups of pieces of one lane in an epoch.
+
+        Returns the index of the lane's first piece in the epoch's order, and the end of each group, counted in samples
+        of the lane.
+        """
         _, ends, lanes = self._epoch(epoch)
         begin, end = lanes[lane : lane + 2].tolist()
         first, last = (int(np.searchsorted(ends, place, side="right")) for place in (begin, end - 1))
@@ -163,7 +173,7 @@ class LaneOrder:
         return first, np.minimum(ends[np.minimum(np.arange(first + step - 1, last + step, step), last)], end) - begin
 
     def _draw_group(self, epoch: int, lane: int, number: int) -> Int64:
-        """Ids of a group's samples in their order, (n,)."""
+        """Sample ids of one group of pieces of a lane, in their order: int64 (n,)."""
         begins, ends, lanes = self._epoch(epoch)
         first, _ = self._groups(epoch, lane)
         step = max(1, GROUP // self._lanes.count)
@@ -191,7 +201,10 @@ class LaneOrder:
         return ids if self._images is None or self._per_image == 1 else self._together(ids, self._images[ids])
 
     def _together(self, ids: Int64, images: Int64) -> Int64:
-        """Reorder samples so that those of an image, `images` (n,), come in sets of `per_image`, first set first."""
+        """Reorder samples so that those of an image come in sets of `per_image`, each at the place of its first sample.
+
+        ids: int64 (n,). images: int64 (n,), equal for samples of one image.
+        """
         by_image = np.argsort(images, kind="stable")
         _, first, count = np.unique(images[by_image], return_index=True, return_counts=True)
         within = np.arange(len(ids)) - np.repeat(first, count)

@@ -41,7 +41,7 @@ def draw_patch_masks(seed: int, epoch: Any, sample_ids: Any, *, image_size: int,
 
 
 def _ordered_blocks(seed: int, epoch: Any, sample_ids: Any, blocks_a_side: int) -> Int64:
-    """All blocks of each image in the order in which they are masked: int64 (B, blocks)."""
+    """Random order of the blocks of each image, int64 (B, blocks): block numbers, those to be masked first."""
     # Mask the blocks with the smallest keys. The sort is stable, so equal keys give the same result everywhere.
     keys = hash64(hash64(Purpose.PATCHES, seed, epoch, np.asarray(sample_ids))[:, None], np.arange(blocks_a_side**2))
     return np.argsort(keys, axis=1, kind="stable").astype(np.int64)
@@ -95,9 +95,10 @@ def draw_token_masks(
 
 
 def _units(lengths: Any, starts: NDArray[np.bool_] | None) -> tuple[Int64, Int64, Int64]:
-    """The caption of each unit (U,), the packed position of each ordinary token, and the unit it belongs to.
+    """Caption of each unit, int64 (U,); packed position of each ordinary token; and the unit of each of these tokens.
 
-    ValueError for a caption without ordinary tokens.
+    lengths: tokens of each caption, special ones included. starts: as for `draw_token_masks`. ValueError for a caption
+    without ordinary tokens.
     """
     lengths = np.asarray(lengths, np.int64)  # (B,)
     if len(lengths) and lengths.min() < 3:
@@ -112,7 +113,12 @@ def _units(lengths: Any, starts: NDArray[np.bool_] | None) -> tuple[Int64, Int64
 
 
 def _choose_units(seed: int, epoch: Any, sample_ids: Any, rows: Int64, counts: Int64) -> NDArray[np.bool_]:
-    """True for counts[b] units of each caption b, (U,). `rows` (U,) is the caption of each unit, ascending."""
+    """Choose counts[b] random units of each caption b: bool (U,), True = chosen.
+
+    Args:
+        rows: int64 (U,), caption of each unit, ascending.
+        counts: int64 (B,), number of units to choose of each caption.
+    """
     first = np.searchsorted(rows, np.arange(len(counts)))  # (B,), the first unit of each caption
     place = np.arange(len(rows)) - first[rows]  # number within the caption
     keys = hash64(hash64(Purpose.TOKENS, seed, epoch, np.asarray(sample_ids))[rows], place)
@@ -127,9 +133,10 @@ class MaskDrawer:
     """Draws the masks of batches.
 
     Args:
-        masking: what is masked of images of the side `image_size`.
-        tokenizer: tells the words of captions.
-        seed: of the draws.
+        masking: settings of the masks.
+        image_size: side of the images in pixels.
+        tokenizer: tells which tokens start a word.
+        seed: seed of the draws.
     """
 
     def __init__(self, masking: Masking, image_size: int, tokenizer: Tokenizer, seed: int) -> None:
@@ -140,7 +147,14 @@ class MaskDrawer:
     def __call__(
         self, image_epochs: Int64, images: Int64, text_epochs: Int64, texts: Int64, tokens: Int64, lengths: Int64
     ) -> dict[str, NDArray]:
-        """Fields of `Masks`, of images and of captions by their ids, with the captions' packed tokens and lengths."""
+        """Draw the masks of some images and captions. Returns the fields of `Masks` by name.
+
+        Args:
+            image_epochs, images: epoch and id of each image, int64 (images,).
+            text_epochs, texts: epoch and id of each caption, int64 (captions,).
+            tokens: int64 (T,), packed tokens of the captions.
+            lengths: int64 (captions,), their numbers of tokens.
+        """
         masking, seed = self._masking, self._seed
         starts = None if self._word_starts is None else self._word_starts[tokens]
         return {

@@ -38,11 +38,11 @@ class Decoding(StrEnum):
     """Device that decodes images, and how much of them. The values are hashed into the loader's state."""
 
     CPU = "cpu"
-    """On the CPU, the crop only. Later stages run on the loader's device."""
+    """The CPU decodes only the crop. Later stages run on the loader's device."""
     GPU_CROP = "gpu-window"
-    """On the GPU, the crop only."""
+    """The GPU decodes only the crop."""
     GPU_FULL_IMAGE = "gpu-whole"
-    """On the GPU, the whole image, which is then cropped."""
+    """The GPU decodes the whole image, which is then cropped."""
 
 
 @contextmanager
@@ -258,7 +258,7 @@ def _graph(
 
 
 def _resized(dali: Any, call: Any, side: int, threads: int, on_gpu: bool, planes: bool, into: Any, image: Any) -> Any:
-    """Resize to a square, (3, S, S) with `planes`, else (S, S, 3)."""
+    """Resize a crop to a square of S pixels, in a DALI graph: uint8 (3, S, S) if `planes`, else (S, S, 3)."""
     fn, types = dali.fn, dali.types
     if not on_gpu:
         resize = Resize(side, threads, planes=planes, into=into)

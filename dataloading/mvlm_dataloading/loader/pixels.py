@@ -31,7 +31,7 @@ FILE_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"\x60\x82", b"RI": None}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropGeometry:
-    """Crop and size of an image: a random crop, or the uncropped image (`random=False`), resized to a square.
+    """Rule by which an image is cut and resized to a square: a random crop, or the uncropped image (`random=False`).
 
     Field names are hashed into the loader's state. A renamed field would make old states look different.
     """
@@ -100,22 +100,23 @@ class CropWindows:
 
 
 class FileEnds:
-    """Tells image files with right first and last bytes from others, which may be truncated.
+    """Check that an image file begins and ends as a whole JPEG, PNG or WebP does. Other files may be truncated.
 
-    Of a truncated file a crop above the cut decodes. Some good files have bytes after their end. Each of these is
-    allowed by itself, once its whole image has been decoded, so that the verdict on a file depends on no other.
+    A crop above the cut of a truncated file would still decode. Some good files have bytes after their end. Each of
+    these is allowed by itself, once its whole image has been decoded, so that the verdict on a file depends on no
+    other.
     """
 
     def __init__(self) -> None:
         self.allowed: set[bytes] = set()
-        """Hashes of the good files with other ends."""
+        """Hashes of files that pass although they do not end as usual."""
 
     def allow(self, file: bytes) -> None:
-        """Let a file pass from now on."""
+        """Let this file, whose whole image has been decoded, pass from now on."""
         self.allowed.add(_digest(file))
 
     def __call__(self, files: Sequence[Any]) -> list[NDArray[np.bool_]]:
-        """Verdicts on files, bool scalars, as DALI's python function returns them."""
+        """Verdict on each file, a bool scalar, True = it passes, in the form that DALI's python function returns."""
         return [np.array(self._passes(np.asarray(file))) for file in files]
 
     def _passes(self, file: NDArray[np.uint8]) -> bool:
@@ -147,9 +148,10 @@ class Resize:
     """Bilinear, antialiased resize of a batch of uint8 (H, W, 3) to squares.
 
     Args:
+        side: S, of the squares in pixels.
         planes: return uint8 (3, S, S); else (S, S, 3).
-        into: number of crops -> array (B, 3, S, S), or (B, S, S, 3), that the images are written to. Arrays of no
-            element are returned then: DALI would copy them once more.
+        into: function of the number of crops that returns an array (B, 3, S, S), or (B, S, S, 3), to write the images
+            to. Empty arrays are then returned: DALI would copy others once more.
     """
 
     def __init__(
@@ -195,7 +197,7 @@ class Resize:
 
 
 class BufferPool:
-    """Puts uint8 tensors into recycled memory. It is reused when the last reference to a tensor or its views is gone.
+    """Allocates uint8 tensors in recycled memory, which is free again when the last view of a tensor is gone.
 
     A batch of images takes megabytes and stays alive until its consumer drops it. malloc would fragment the heap, and
     fresh mmap pages cost several times the copy. Eight idle buffers are kept.

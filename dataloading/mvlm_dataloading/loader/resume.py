@@ -50,7 +50,7 @@ class ResumeReport:
 
 
 def pixel_hash(config: ReaderConfig) -> str:
-    """Hash of all settings that pixels depend on. Sample, seed and epoch are not part of it."""
+    """Hash of all settings of a loader that pixels depend on. Sample, seed and epoch are not part of it."""
     geometry, augment = asdict(config.geometry), config.augment
     if config.geometry.strip == 1:
         del geometry["strip"]  # states from before strips have the same hash
@@ -72,7 +72,9 @@ def text_hash(tokenizer: str, length: int, masking: Masking, image_size: int, sh
 
     Args:
         tokenizer: its fingerprint.
-        shared: each image and caption of a batch comes once, and masks are drawn for these, not for samples.
+        length: most tokens of a caption.
+        shared: True if each image and caption of a batch comes once, so that masks are drawn for these, not for
+            samples.
     """
     values = asdict(masking)
     ratio, patches = values.pop("text_mask_ratio"), {"image_size": image_size, "ratio": values.pop("image_mask_ratio")}
@@ -94,7 +96,7 @@ def text_hash(tokenizer: str, length: int, masking: Masking, image_size: int, sh
 
 
 def settings_hash(values: dict[str, Any]) -> str:
-    """Short hash of plain values."""
+    """Short hash, 16 hexadecimal digits, of a dictionary of JSON values; equal for any order of its keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -112,7 +114,10 @@ def package_versions() -> dict[str, str]:
 
 
 def lanes_of(state: dict[str, Any]) -> Lanes | None:
-    """Lanes of a state of order 2; None of one of order 1. DataError if they are no three numbers above 0."""
+    """Lanes that a saved loader state of sample order 2 has; None for a state of order 1.
+
+    DataError if they are not three integers above 0.
+    """
     if state.get("order", 1) == 1:
         return None
     lanes = state.get("lanes")

@@ -23,21 +23,21 @@ from mvlm_dataloading.links.store import RangeStore
 from .lanes import LaneOrder
 
 IN_FLIGHT = 64
-"""Ranges that the ranks of a node read at a time, if they are at most eight."""
+"""Number of byte ranges that the ranks of a node together read from a store at a time, if they are at most eight."""
 AHEAD_S = 10.0
-"""Seconds of training whose samples are asked for in advance, at most those of an epoch."""
+"""Samples are asked for so many seconds of training in advance, but at most an epoch."""
 AHEAD_SAMPLES = 1024
-"""Samples of a rank that are asked for in advance, at least."""
+"""Least number of samples that a rank asks for in advance."""
 AHEAD_BYTES = 512 << 20
-"""Bytes of blocks that a rank has asked for and not begun, at which it asks for nothing in advance any more. The
-samples of begun blocks are in memory beside them: half of the order's pool in the mean, 1 GB of all ranks."""
+"""A rank asks for nothing more in advance when the blocks that are asked for and not yet used have so many bytes. The
+samples of blocks in use are in memory beside them: half of the order's pool on average, 1 GB over all ranks."""
 _RATE_BATCHES = 32
 
 
 def ranges_at_a_time(ranks: int) -> int:
-    """Ranges that a rank reads at a time, of `ranks`: its share of `IN_FLIGHT` among the ranks of its node, at least 8.
+    """Number of byte ranges that one rank reads at a time: its share of `IN_FLIGHT` on its node, but at least 8.
 
-    torchrun says in LOCAL_WORLD_SIZE how many these are. Without it all ranks are taken for one node's.
+    torchrun states the ranks of a node in LOCAL_WORLD_SIZE. Without it all `ranks` are taken to be on one node.
     """
     return max(8, IN_FLIGHT // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
 
@@ -46,17 +46,19 @@ class _Block(NamedTuple):
     asked: AskedSamples
     ids: list[int]
     positions: list[int]
-    """Positions of the samples `ids`."""
+    """Positions in the sample order of the samples `ids`, which need not be ascending."""
 
 
 class Ring:
-    """Samples at the positions of one rank, from `start` on. One thread uses it.
+    """Window of samples of linked tars: reads those at one rank's positions of the sample order ahead of time.
+
+    One thread uses it.
 
     Args:
         links: reader of the samples of `dataset`.
         start: first position.
-        step: positions of a batch of all ranks.
-        own: positions, int64 (n,) -> bool (n,): True for those of this rank.
+        step: number of positions of a batch of all ranks.
+        own: function that tells which positions are this rank's: int64 (n,) -> bool (n,).
         ranks: number of ranks.
     """
 
@@ -82,7 +84,9 @@ class Ring:
         self._times = deque[tuple[float, int]](maxlen=_RATE_BATCHES)
 
     def take(self, positions: Int64, ids: Int64) -> list[LinkedSample]:
-        """Samples at ascending positions. An id that is not the one of the order is read by itself.
+        """Samples of the ids at ascending positions, int64 (n,) each.
+
+        An id other than the order's, such as the substitute of a bad sample, is read by itself.
 
         Raises:
             DataError: a file cannot be read, or is not the one that was linked.
@@ -97,23 +101,23 @@ class Ring:
         return found
 
     def find(self, i: int) -> LinkedSample:
-        """Sample i, from memory if it is there."""
+        """The sample with id i, from memory if it is there, else read by itself."""
         return self._by_id.get(i) or self._links.one(self._offset + i)
 
     def release(self, position: int) -> None:
-        """Forget the samples before a position. They come first, because positions are asked for in order."""
+        """Forget the samples at positions before this one. Positions are asked for in ascending order."""
         for old in [one for one in self._samples if one < position]:
             self._by_id.pop(self._samples.pop(old)[0], None)
         self._times.append((time.monotonic(), position))
 
     def close(self) -> None:
-        """Give up the ranges that are not being read yet, and wait for the others."""
+        """Cancel the reads of byte ranges that have not begun, and wait for the others."""
         for block in self._blocks.values():
             block.asked.cancel()
         self._store.close()
 
     def _look_ahead(self, last: int) -> None:
-        """Ask for the positions up to `last`, and for those of the next seconds if there is room."""
+        """Start to read the samples up to position `last`, and those of the next seconds if memory allows."""
         ahead = AHEAD_SAMPLES * self._ranks
         if len(self._times) > 1:
             (before, begin), (now, end) = self._times[0], self._times[-1]
@@ -127,7 +131,7 @@ class Ring:
             self._planned += self._step
 
     def _ask(self, position: int) -> None:
-        """Ask for the samples of a block that this rank needs from now on."""
+        """Start to read the block of the sample at a position: its samples at this rank's positions from `start` on."""
         ids, positions = self._order.block_of(position)
         mine = (positions >= self._start) & self._own(positions)
         ids, positions = ids[mine], positions[mine]

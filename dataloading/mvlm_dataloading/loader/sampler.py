@@ -19,7 +19,7 @@ RUN_LENGTH = 16
 """Consecutive samples from one shard: long enough for sequential reads, short enough to mix shards well."""
 
 GROUP = 32
-"""Number of shards that are mixed with each other. It bounds the cache that a remote data set needs."""
+"""Number of shards whose samples are mixed with each other. It bounds the cache that a remote data set needs."""
 
 
 class SampleOrder:
@@ -62,13 +62,13 @@ class SampleOrder:
         return np.concatenate(ids), np.concatenate(epochs)
 
     def at(self, positions: Int64) -> tuple[Int64, Int64]:
-        """Sample ids and their epochs, int64 (n,) each, at ascending positions of the stream."""
+        """Sample ids and their epochs, int64 (n,) each, at ascending positions int64 (n,) of the endless order."""
         begin = int(positions[0])
         ids, epochs = self(begin, int(positions[-1]) - begin + 1)
         return ids[positions - begin], epochs[positions - begin]
 
     def _part_of_epoch(self, epoch: int, offset: int, count: int) -> Int64:
-        """At least one and at most `count` ids, from the `offset`-th of an epoch on."""
+        """Sample ids from place `offset` of an epoch on: at least one and at most `count`, int64."""
         if not self._shuffle:
             return np.arange(offset, min(offset + count, self._first[-1]))
         _, ends = self._epoch_groups(epoch)
@@ -78,7 +78,10 @@ class SampleOrder:
         return order[begin : begin + count]
 
     def _draw_groups(self, epoch: int) -> tuple[list[Int64], Int64]:
-        """Shards of each group, ascending; and the position in the epoch at which each group ends."""
+        """Division of an epoch's shards into groups: shard numbers of each group, ascending, and where each group ends.
+
+        Ends count the samples of the epoch.
+        """
         sizes = np.diff(self._first)
         shards = np.arange(int(np.flatnonzero(sizes)[-1]) + 1)
         if np.count_nonzero(sizes) > GROUP:
@@ -89,7 +92,7 @@ class SampleOrder:
         return groups, np.cumsum([sizes[group].sum() for group in groups])
 
     def _draw_order(self, epoch: int, group: int) -> Int64:
-        """A permutation of the ids of a group's samples."""
+        """Sample ids of one group of shards in their random order."""
         spans = [self._first[shard : shard + 2].tolist() for shard in self._epoch_groups(epoch)[0][group]]
         # One sort per shard: many small sorts are faster than one large sort.
         shuffled = [
@@ -111,9 +114,10 @@ class SampleOrder:
         return ids[np.repeat(run_begin[order], length) + within]
 
     def _together(self, epoch: int, ids: Int64, images: Int64) -> tuple[Int64, Int64]:
-        """Reorder shuffled samples so that those of one image, `images` (n,), come in sets of `per_image`.
+        """Reorder shuffled samples so that those of one image come in sets of `per_image`.
 
-        Returns the ids (n,), and the positions in them of the first set of each RUN_LENGTH samples.
+        ids: int64 (n,). images: int64 (n,), equal for samples of one image. Returns the ids, and the indices in them at
+        which runs begin: whole sets, about RUN_LENGTH samples.
         """
         by_image = np.argsort(images, kind="stable")
         of_image = images[by_image]

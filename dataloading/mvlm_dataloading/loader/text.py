@@ -65,7 +65,10 @@ _SHORTEST = 3  # tokens of a caption that has one beside [CLS] and [SEP]
 
 
 def _draw(draw: int, count: int, ends: list[float]) -> int:
-    """Number of the caption that a draw of 64 bits takes of `count`, with equal shares or those that end at `ends`."""
+    """Index of the caption, of `count`, that a random 64-bit number chooses.
+
+    ends: upper ends in (0, 1] of the captions' probabilities, added up; empty if all are equally likely.
+    """
     return min(bisect_right(ends, draw * 2.0**-64), count - 1) if ends else draw % count
 
 
@@ -83,11 +86,12 @@ class CaptionReader:
         self._dataset, self._tokenizer, self._length, self._seed = dataset, tokenizer, length, seed
         self._first, self._stored = first, stored
         self._room = MAX_CAPTIONS if not first and len(dataset) <= MAX_REMEMBERED else 0
-        """Number of captions that may yet be remembered."""
+        """Number of captions that may yet be kept in memory."""
         self._samples: dict[int, tuple[list[str], int, list[float]]] = {}
-        """Captions, image id, and the ends of the captions' shares of [0, 1), none if they are equal, by sample id."""
+        """By sample id: captions, image id, and the ends of the captions' shares of [0, 1); no ends if shares are
+        equal."""
         self._known_tokens: dict[tuple[int, int], Int64] = {}
-        """Tokens, by sample id and caption."""
+        """Tokens, by (sample id, index of the caption)."""
 
     def __call__(self, raw: RawBatch) -> CaptionBatch:
         """Choose, tokenize and check the captions of a batch.
@@ -111,7 +115,7 @@ class CaptionReader:
         )
 
     def _sample(self, raw: RawBatch, row: int) -> tuple[list[str], int, list[float]]:
-        """All captions of a row's sample, the id of its image, and the ends of the captions' shares."""
+        """Captions of the sample in a row of a batch, id of its image, and ends of the captions' shares of [0, 1)."""
         i = int(raw.ids[row])
         if (found := self._samples.get(i)) is None:
             captions = parse_captions(raw.texts[row], lambda: self._dataset.where(i))
@@ -124,7 +128,12 @@ class CaptionReader:
         return found
 
     def _tokens(self, raw: RawBatch, known: list[list[str]], wanted: list[int]) -> tuple[list[int], list[Int64]]:
-        """Number and tokens of each row's caption: number `wanted` of those `known`, or the next that has a token."""
+        """Index and tokens of each row's caption.
+
+        Args:
+            known: all captions of each row.
+            wanted: index of the caption to take; the next one that has a token stands in for one without.
+        """
         chosen, tokens = list(wanted), self._encoded(raw, known, list(range(len(known))), wanted)
         for row in range(len(known)):
             while len(tokens[row]) < _SHORTEST:
@@ -139,7 +148,10 @@ class CaptionReader:
         return chosen, tokens
 
     def _encoded(self, raw: RawBatch, known: list[list[str]], rows: list[int], chosen: list[int]) -> list[Int64]:
-        """Checked tokens of some rows' captions: [CLS] and [SEP] alone for a caption without a token."""
+        """Checked tokens of one caption of each of some rows; [CLS] and [SEP] alone for a caption without a token.
+
+        rows: of the batch. chosen: index of each row's caption.
+        """
         keys = [(int(raw.ids[row]), k) for row, k in zip(rows, chosen, strict=True)]
         new = [(row, key) for row, key in zip(rows, keys, strict=True) if key not in self._known_tokens]
         if self._stored:
@@ -152,7 +164,10 @@ class CaptionReader:
         return [made[key] if key in made else self._known_tokens[key] for key in keys]
 
     def _stored_tokens(self, raw: RawBatch, row: int, caption: int, count: int) -> Int64:
-        """Stored tokens of one caption, shortened to the text length with [SEP] kept."""
+        """Stored tokens of one caption of a row, shortened to the text length with [SEP] kept.
+
+        caption: its index. count: number of captions of the sample.
+        """
         where = self._dataset.where(raw.ids[row])
         tokens = split_stored_tokens(raw.tokens[row], count, where)[caption].astype(np.int64)
         if len(tokens) < 2 or tokens[0] != self._tokenizer.cls_id or tokens[-1] != self._tokenizer.sep_id:

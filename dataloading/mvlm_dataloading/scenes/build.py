@@ -50,7 +50,8 @@ TASKS: dict[str, dict[str, Family]] = {
     "placed": {"scene": texts.placed},
 }
 _FURTHER: dict[str, dict[str, dict[str, Family]]] = {"placed": {"edits": {"edit": texts.edited}}}
-"""Splits of a task beside those of the vocabulary, with the families of their samples. They ask what test asks."""
+"""Additional splits of a task: task -> split -> family name -> function that makes its samples. Their texts ask about
+the same kinds of objects as the split test."""
 _OF_TRAINING = {"vqa": make_training_questions, "places": make_training_places}
 # Increment when texts, layouts, artwork or splits change. Folders of an older revision are then refused, not reused.
 _REVISION = 5
@@ -127,7 +128,13 @@ def build_scenes(
 
 
 def compose_split(task: str, split: str, seed: int, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """Samples of a task's split before they are drawn, those of one image one after another."""
+    """Make the samples of one split of a task, without drawing them. Samples of one image follow one another.
+
+    Args:
+        vocabulary: kinds of objects that the split may ask about.
+        count: number of samples, rounded up to whole blocks. Training splits of vqa and places get more
+            (`build_scenes`).
+    """
     name = f"{seed} {task} {split}"
     if split == "train" and task in _OF_TRAINING:
         return _OF_TRAINING[task](name, vocabulary, count)
@@ -136,15 +143,15 @@ def compose_split(task: str, split: str, seed: int, vocabulary: Vocabulary, coun
 
 
 def vocabulary_of(split: str) -> Vocabulary:
-    """Kinds that a split asks about and fills its scenes with."""
+    """Kinds of objects that a split asks about or puts into scenes. Additional splits have those of test."""
     return vocabulary(split if split in SPLITS else "test")
 
 
 def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int, image: int) -> dict[str, Any]:
-    """Metadata of a sample as the task reads it, with the scene's objects, licence and attribution.
+    """Metadata of a sample for its `.json`: the task's own, the scenes' objects, licence and attribution.
 
     Args:
-        number: of the sample in its split.
+        number: number of the sample in its split.
         image: number of the first sample that has its image.
     """
     scenes = [_truth(scene, art) for scene in sample.scenes]
@@ -163,7 +170,10 @@ def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int
 
 
 def _truth(scene: Scene, art: Artwork) -> dict[str, Any]:
-    """Size and objects of a scene, with boxes in pixels. `hidden` marks an object behind the card."""
+    """Size of a scene's image, and its objects with their boxes in pixels, as plain values for JSON.
+
+    An object with `hidden` lies behind the grey card.
+    """
     objects: list[dict[str, Any]] = [
         {"code": art.codes[one.kind.text], "name": one.kind.name, "colour": one.kind.colour, "box": box}
         | ({"hidden": True} if one.cell == scene.card else {})
@@ -173,7 +183,10 @@ def _truth(scene: Scene, art: Artwork) -> dict[str, Any]:
 
 
 def _draw_all(strips: Sequence[tuple[Scene, ...]], art: Artwork, workers: int | None) -> Iterator[bytes]:
-    """PNG of each strip of scenes, in order, by several processes."""
+    """Draw each strip, a row of scenes side by side, and yield it as a PNG, in order. Several processes draw.
+
+    workers: most processes; None for one per core.
+    """
     workers = min(workers or len(os.sched_getaffinity(0)), len(strips) // 200 + 1)  # a process takes time to start
     if workers == 1:
         yield from map(Painter(art.images).png, strips)

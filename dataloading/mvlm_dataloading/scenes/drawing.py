@@ -25,16 +25,16 @@ _OTHER_NAMES = {"red book": "closed book", "black square": "black large square",
 
 @dataclass(frozen=True, slots=True)
 class Artwork:
-    """Drawings of all kinds of objects, cut out, of one source of emoji."""
+    """Cut-out drawings of all kinds of objects, by one source of emoji. Mappings are keyed by `Kind.text`."""
 
     licence: str
     attribution: str
     codes: Mapping[str, str]
-    """Code points of each kind's text."""
+    """Code points of the emoji of each kind, such as "1F436"."""
     images: Mapping[str, bytes]
-    """PNG with transparency of each kind's text, without a margin."""
+    """PNG of each kind, with transparency and without a margin."""
     shapes: Mapping[str, tuple[int, int]]
-    """Width and height in pixels of each kind's image."""
+    """Width and height in pixels of each PNG."""
 
 
 @cache
@@ -51,7 +51,10 @@ def twemoji() -> Artwork:
 
 
 def _artwork(licence: str, attribution: str, drawing: Callable[[str, Path], Path]) -> Artwork:
-    """Cut out the artwork of one source. `drawing`: code points and file of OpenMoji -> file of the source."""
+    """Cut out the artwork of one source.
+
+    drawing: function of an emoji's code points and OpenMoji's SVG file that returns the SVG file of the source.
+    """
     pil = need("PIL.Image")
     named = {captions[0]: (code, svg) for code, svg, captions, _ in named_emoji()}
     chosen = {text: named[_OTHER_NAMES.get(text, text)] for text in (*NOUNS, *(tint.text for tint in TINTS))}
@@ -76,7 +79,7 @@ class Painter:
     """Draws scenes with the artwork of one source.
 
     Args:
-        images: PNG with transparency of each kind's text.
+        images: PNG with transparency of each kind of object, keyed by `Kind.text`.
     """
 
     def __init__(self, images: Mapping[str, bytes]):
@@ -86,7 +89,7 @@ class Painter:
         self._shapes = {text: image.size for text, image in self._images.items()}
 
     def png(self, scenes: Sequence[Scene]) -> bytes:
-        """Image of the scenes side by side, (SIDE, n * SIDE)."""
+        """Draw n scenes side by side, as a PNG of SIDE rows and n * SIDE columns of pixels."""
         strip = self._pil.new("RGB", (SIDE * len(scenes), SIDE))
         for number, scene in enumerate(scenes):
             strip.paste(self.image(scene), (number * SIDE, 0))
@@ -95,7 +98,7 @@ class Painter:
         return png.getvalue()
 
     def image(self, scene: Scene) -> Any:
-        """Image of one scene as a PIL image, (SIDE, SIDE)."""
+        """Draw one scene, as a PIL image of SIDE x SIDE pixels."""
         image = self._ground(scene.ground)
         for one, (x, y, wide, high) in zip(scene.objects, boxes(scene, self._shapes), strict=True):
             cutout = self._images[one.kind.text].resize((wide, high), self._pil.Resampling.LANCZOS)
@@ -107,7 +110,7 @@ class Painter:
         return image
 
     def _ground(self, number: int) -> Any:
-        """Background 0..GROUNDS-1: one of the tones, alone or with another one below or beside it."""
+        """Background number 0 to GROUNDS - 1 as a PIL image: one tone, or one with another below or beside it."""
         assert number < GROUNDS
         tone, form = TONES[number % len(TONES)], number // len(TONES)
         image = self._pil.new("RGB", (SIDE, SIDE), tone)

@@ -1,4 +1,4 @@
-"""Facts that a caption states about a scene, and facts of the scene: what captions are judged by, whatever their words.
+"""Facts that a caption states about a scene, and facts of the scene itself: captions are judged by them, not by words.
 
 A fact is ("object", name), ("colour", name, colour), ("count", text, number) or ("relation", text, side, text), where a
 text is a noun or a shape with or without its colour.
@@ -59,10 +59,10 @@ def _kind(match: re.Match[str]) -> str:
 
 
 def scene_facts(objects: Objects) -> set[Fact]:
-    """Facts that a complete caption states: every object, its colour, and the number of each kind.
+    """Facts that a complete caption of a scene states: every object, its colour, and the number of each kind.
 
     Args:
-        objects: records {name, colour, box} of a scene; colour is None without one.
+        objects: records {name, colour, box} of the scene; colour is None for an object without one.
     """
     counts = Counter((one["name"], one["colour"]) for one in objects)
     found: set[Fact] = set()
@@ -74,7 +74,7 @@ def scene_facts(objects: Objects) -> set[Fact]:
 
 
 def is_true(fact: Fact, scene: Mapping[str, Any]) -> bool:
-    """True if a fact holds in a scene {size, objects}. A relation holds if it does for any two objects of its texts.
+    """True if a fact holds in a scene {size, objects}. A relation holds if any two objects of its two texts stand so.
 
     An object is left of another if its centre is further left by more than a quarter of the image's width.
     """
@@ -93,7 +93,7 @@ def is_true(fact: Fact, scene: Mapping[str, Any]) -> bool:
 
 
 def _named(objects: Objects, text: str) -> Objects:
-    """Objects that a noun, a shape, or a shape with its colour names."""
+    """Objects to which a text refers: a noun, a shape of any colour, or a shape with its colour."""
     return [one for one in objects if text in (one["name"], f"{one['colour']} {one['name']}")]
 
 

@@ -23,11 +23,11 @@ _SMALLEST, _LARGEST, _ROOM, _SHIFT = 32, 40, 42, 5
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """An object of a scene."""
+    """An object of a scene and its place."""
 
     kind: Kind
     cell: int
-    """Cell 0..8, row by row."""
+    """Cell of the 3 x 3 grid, 0 to 8, row by row."""
     size: int
     """Longer side of the drawn object in pixels."""
     shift: tuple[int, int]
@@ -51,19 +51,19 @@ class Scene:
     card: int | None = None
 
     def with_kind(self, number: int, kind: Kind) -> "Scene":
-        """The scene with another kind in the place of object `number`: the smallest edit."""
+        """A copy of the scene in which object `number` is of another kind: the smallest edit."""
         objects = list(self.objects)
         objects[number] = replace(objects[number], kind=kind)
         return replace(self, objects=tuple(objects))
 
     def swapped(self, one: int, other: int) -> "Scene":
-        """The scene with the kinds of two objects exchanged."""
+        """A copy of the scene in which two objects, given by their numbers, have exchanged their kinds."""
         kinds = self.objects[one].kind, self.objects[other].kind
         return self.with_kind(one, kinds[1]).with_kind(other, kinds[0])
 
 
 def place(rng: random.Random, kinds: Sequence[Kind], cells: Sequence[int] = ()) -> Scene:
-    """A scene of these kinds in random cells, the first ones in the given `cells`."""
+    """Make a scene of these kinds of objects in random cells. The first objects are in the given `cells`."""
     assert len(kinds) <= MOST
     free = [cell for cell in range(CELLS) if cell not in cells]
     taken = [*cells, *rng.sample(free, len(kinds) - len(cells))]
@@ -76,13 +76,16 @@ def place(rng: random.Random, kinds: Sequence[Kind], cells: Sequence[int] = ()) 
 
 
 def is_beside(one: Placed, side: str, other: Placed) -> bool:
-    """True if `one` is on this side of the other: in a column left of it, for "left"."""
+    """True if the object `one` is on a side (left, right, above or below) of `other`, by column or by row."""
     across = {"left": other.column - one.column, "right": one.column - other.column}
     return ({"above": other.row - one.row, "below": one.row - other.row} | across)[side] > 0
 
 
 def beside(rng: random.Random, side: str) -> tuple[int, int, list[int]]:
-    """Cells of a subject and of an anchor in one row or column, and the cells on other sides of the anchor."""
+    """Draw two cells so that the first, the subject's, is on a side of the second, the anchor's, in one row or column.
+
+    Returns them, and the other cells that are not on this side of the anchor.
+    """
     line, two = rng.randrange(3), sorted(rng.sample(range(3), 2))
     subject, anchor = two if side in ("left", "above") else reversed(two)
     if side in ("left", "right"):
@@ -95,7 +98,10 @@ def beside(rng: random.Random, side: str) -> tuple[int, int, list[int]]:
 
 
 def boxes(scene: Scene, shapes: Mapping[str, tuple[int, int]]) -> list[list[int]]:
-    """Box [x, y, width, height] of each object in pixels. `shapes`: width and height of each kind's artwork."""
+    """Box [x, y, width, height] of each object in pixels.
+
+    shapes: width and height of each kind's artwork, by `Kind.text`.
+    """
     found = []
     for one in scene.objects:
         wide, high = shapes[one.kind.text]
@@ -107,6 +113,6 @@ def boxes(scene: Scene, shapes: Mapping[str, tuple[int, int]]) -> list[list[int]
 
 
 def card_box(cell: int) -> tuple[int, int, int, int]:
-    """Left, top, right and lower edge of the card over a cell, in pixels."""
+    """Left, top, right and lower edge in pixels of the grey card over a cell."""
     x, y = CENTRES[cell % 3] - CARD // 2, CENTRES[cell // 3] - CARD // 2
     return max(0, x), max(0, y), min(SIDE, x + CARD), min(SIDE, y + CARD)

@@ -19,10 +19,11 @@ ANSWERS = 8
 
 
 def with_presence(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]:
-    """Questions in pairs of scenes, each followed by further ones about its scene: "is there a dog?".
+    """The given questions, each followed by questions such as "is there a dog?" about its scene.
 
-    A kind is asked about if it is in one scene of the pair and not in the other, so each question has both answers
-    equally often. Among 8,000 questions, a noun is asked about 4 times (the median), with the further ones 34 times.
+    Given questions come in pairs of scenes. A kind is asked about if it is in one scene of the pair and not in the
+    other, so each question has both answers equally often. Among 8,000 questions, a noun is asked about 4 times (the
+    median), with the further ones 34 times.
     """
     found = []
     for pair in zip(samples[::2], samples[1::2], strict=True):
@@ -38,7 +39,7 @@ def with_presence(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]
 
 
 def exist(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Questions on the presence of a noun or a coloured shape. The other scene has another noun, or another colour."""
+    """Two questions "is there a ...?" on a noun or a coloured shape. One scene has it, one has another instead."""
     kind = asked_kind(rng, vocabulary)
     edit = other_kind(rng, vocabulary, kind)
     others = same_colour(rng, vocabulary, kind) if kind.colour else []
@@ -53,7 +54,10 @@ def exist(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def number(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Questions on the number of a noun, of a shape in any colour, or of a coloured shape: each of 0 to 5 once."""
+    """Six questions "how many ...?" about a noun or a shape, whose answers are 0 to 5, each once.
+
+    A shape is counted in any colour or in one.
+    """
     kind = asked_kind(rng, vocabulary)
     any_colour = kind.colour is not None and rng.random() < 0.5
     text = kind.name if any_colour else kind.text
@@ -75,7 +79,7 @@ def number(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Questions on the colour of the only object of a shape, each colour equally often."""
+    """Questions on the colour of the only object of a shape in its scene. Each colour is the answer equally often."""
     shape = rng.choice(sorted({tint.name for tint in vocabulary.tints}))
     colours = [tint for tint in vocabulary.tints if tint.name == shape]
     samples = []
@@ -91,9 +95,10 @@ def colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def relation(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """The only noun on a side of another: eight answers for each question, the same in all splits of one vocabulary.
+    """Questions "what is left of the dog?", or on another side, where exactly one noun stands. Each has eight answers.
 
-    One other of the eight is in the scene, not on that side: to name an answer that is there is right half of the time.
+    The answers of a question are the same in all splits of one vocabulary. One more of the eight is in the scene, but
+    not on that side: to name an answer that is there is right half of the time.
     """
     anchor, side = rng.choice(vocabulary.anchors), rng.choice(tuple(SIDES))
     candidates = [kind for kind in vocabulary.subjects if kind != anchor and vocabulary.stands(kind.name, side)]
@@ -114,7 +119,7 @@ def relation(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def compare(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Numbers of two kinds, one more of the first; in the other scene one of the first became one of the second."""
+    """Two questions "are there more A than B?". One scene has one A more than B; in the other one A became a B."""
     first = asked_kind(rng, vocabulary)
     pool = vocabulary.all_tints if first.colour else vocabulary.nouns
     second = rng.choice([kind for kind in pool if kind.name != first.name])
@@ -130,7 +135,7 @@ def compare(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def is_same_colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Questions whether two shapes have the same colour."""
+    """Two questions whether two shapes have the same colour, one of each answer."""
     pairs = [
         (one, other)
         for one in vocabulary.tints
@@ -155,10 +160,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def make_training_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """The questions of all families with those of `with_presence`, and about as many scenes with relations alone.
+    """Questions of all families for training, with further ones of `with_presence`, and about as many on sides alone.
 
-    A relation's answer is one of 144 nouns. Among 8,000 questions a noun is the answer to 9 on average, with the
-    further ones to 65.
+    The answer to a question on a side is one of 144 nouns. Among 8,000 questions a noun is the answer to 9 on average,
+    with the further ones to 65.
     """
     samples = with_presence(compose(FAMILIES, seed, vocabulary, count), vocabulary)
     return samples + compose({"relation": relation}, f"{seed} further", vocabulary, count)
@@ -185,13 +190,13 @@ MOST_RELATIONS = 3
 
 
 def make_training_places(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """The questions of `count` scenes."""
+    """Make questions on what is where, about `count` scenes (`what_is_where`)."""
     scenes = (what_is_where(random.Random(f"{seed} scene {number}"), vocabulary) for number in range(count))
     return [sample for questions in scenes for sample in questions]
 
 
 def what_is_where(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """A scene of two to five kinds: a question for the place of each, and up to three for what is beside another."""
+    """Questions about one scene of two to five kinds: on the place of each object, and up to three on neighbours."""
     first = asked_kind(rng, vocabulary)
     scene = place(rng, [first, *fillers(rng, vocabulary, rng.choice((1, 2, 3, 3, 4)), {first.name})])
     sides = _relations(vocabulary, scene)
@@ -201,7 +206,7 @@ def what_is_where(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def _relations(vocabulary: Vocabulary, scene: Scene) -> list[Sample]:
-    """A question for each side of each object on which there is exactly one other."""
+    """Questions "what is left of the dog?", for each object of a scene and each side on which it has one neighbour."""
     found = []
     for anchor in scene.objects:
         for side, words in SIDES.items():

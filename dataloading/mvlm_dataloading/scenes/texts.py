@@ -23,7 +23,7 @@ from .vocabulary import NUMBERS, SIDES, Kind, Vocabulary, plural, with_article
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question: its images, its texts, and its metadata."""
+    """One sample of a task: its scenes, side by side in its image, its texts, and its metadata."""
 
     scenes: tuple[Scene, ...]
     captions: tuple[str, ...]
@@ -35,7 +35,10 @@ Family = Callable[[random.Random, Vocabulary], list[Sample]]
 
 
 def compose(families: Mapping[str, Family], seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """At least `count` samples in whole blocks, evenly of all families, whose names are part of the seed."""
+    """Make at least `count` samples, in whole blocks that come evenly from all families.
+
+    families: functions that make a block, by their names, which are part of the seed.
+    """
     made = dict.fromkeys(families, 0)
     samples: list[Sample] = []
     while len(samples) < count:
@@ -59,7 +62,7 @@ def fillers(rng: random.Random, vocabulary: Vocabulary, count: int, without: Ite
 
 
 def other_kind(rng: random.Random, vocabulary: Vocabulary, kind: Kind) -> Kind:
-    """Substitute of a kind where it is missing: the same shape in another colour, or another noun.
+    """Kind to take the place of `kind` in a scene that must not have it: its shape in another colour, or another noun.
 
     It is one of the kinds that the split asks about. Otherwise a kind that training does not know would mean "yes".
     """
@@ -69,7 +72,7 @@ def other_kind(rng: random.Random, vocabulary: Vocabulary, kind: Kind) -> Kind:
 
 
 def same_colour(rng: random.Random, vocabulary: Vocabulary, kind: Kind) -> list[Kind]:
-    """Another shape of the same colour, if there is one: a distractor."""
+    """Distractors of a coloured shape: one other shape of the same colour, if there is one, else none."""
     others = [tint for tint in vocabulary.all_tints if tint.colour == kind.colour and tint.name != kind.name]
     return [rng.choice(others)] if others else []
 
@@ -81,7 +84,7 @@ def asked_kind(rng: random.Random, vocabulary: Vocabulary) -> Kind:
 
 
 def different_pairs(rng: random.Random, answers: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Pairs of different answers in which each answer is equally often."""
+    """Random pairs of two different answers, in which each answer comes equally often."""
     shuffled = rng.sample(answers, len(answers))
     if len(shuffled) % 2:
         shuffled *= 2
@@ -89,7 +92,7 @@ def different_pairs(rng: random.Random, answers: Sequence[Any]) -> list[tuple[An
 
 
 def described(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """A scene of one to four kinds, one of them a kind that the split asks about."""
+    """One captioned scene of one to four kinds of objects, among them one that the split asks about."""
     kind = asked_kind(rng, vocabulary)
     kinds = [kind, *fillers(rng, vocabulary, rng.randint(0, 3), {kind.name})]
     if kind.colour and rng.random() < 0.3:
@@ -109,11 +112,11 @@ PLACES = (
     "on the left", "in the middle", "on the right",
     "at the bottom left", "at the bottom", "at the bottom right",
 )  # fmt: skip
-"""Cells of the grid in words."""
+"""Place of each of the nine cells of the grid in words, by the number of the cell."""
 
 
 def placed(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """A scene of two to five kinds, with three captions that tell the place of every object."""
+    """One scene of two to five kinds of objects, with three captions that tell the place of every object."""
     kind = asked_kind(rng, vocabulary)
     scene = place(rng, [kind, *fillers(rng, vocabulary, rng.randint(1, MOST - 1), {kind.name})])
 
@@ -124,7 +127,7 @@ def placed(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def _places_of(objects: Sequence[Placed]) -> str:
-    """Objects and their places in words, in this order."""
+    """List objects with their places in words, in the given order: "a dog on the left and a cat at the top"."""
     *texts, last = [f"{with_article(one.kind.text)} {PLACES[one.cell]}" for one in objects]
     return f"{', '.join(texts)} and {last}"
 
@@ -148,7 +151,7 @@ def edited(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def one_named(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """A scene of one object, of any kind that the split asks about."""
+    """One sample of a scene with a single object, of any kind that the split asks about."""
     scene = place(rng, [rng.choice(vocabulary.asked)])
     return [Sample((scene,), tuple(captions_of(rng, vocabulary, scene)))]
 
@@ -210,11 +213,14 @@ CORNERS = {
     6: "in the bottom left corner",
     8: "in the bottom right corner",
 }
-"""Cells that have a name."""
+"""Number of a cell -> its place in words, for the cells in which hypotheses say that an object is."""
 
 
 def hypotheses_of_a_place(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Hypotheses on the kind of the object in a named place."""
+    """Three samples of visual entailment, of one text: "a dog is in the middle", or in a corner.
+
+    The image entails the text, contradicts it by another kind in that place, or leaves it open (neutral).
+    """
     kind, cell = asked_kind(rng, vocabulary), rng.choice(tuple(CORNERS))
     edit = other_kind(rng, vocabulary, kind)
     others = fillers(rng, vocabulary, rng.randint(1, 3), {kind.name, edit.name})
@@ -236,7 +242,7 @@ def hypotheses_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sam
 
 
 def hypotheses_of_a_colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Hypotheses on the colour of the only object of a shape."""
+    """Three samples of visual entailment, of one text: the colour of the only object of a shape."""
     kind = rng.choice(vocabulary.tints)
     others = fillers(rng, vocabulary, rng.randint(1, 3), {kind.name})
     scene = place(rng, [kind, *others])
@@ -247,9 +253,12 @@ def hypotheses_of_a_colour(rng: random.Random, vocabulary: Vocabulary) -> list[S
 def _three_judged(
     rng: random.Random, family: str, text: str, true: Scene, false: Scene, asked: tuple[int, ...]
 ) -> list[Sample]:
-    """Samples of a hypothesis: an image that entails it, one that contradicts it, one that leaves it open.
+    """Samples of one hypothesis: an image that entails it, one that contradicts it, and one that leaves it open.
 
-    `asked`: numbers of the objects that the hypothesis speaks of.
+    Args:
+        family: name that goes into the metadata.
+        true, false: scenes in which the text is true or false, without a card.
+        asked: numbers of the objects of which the hypothesis speaks. The card covers one of them in the third image.
     """
     beyond = rng.choice([one.cell for number, one in enumerate(true.objects) if number not in asked])
     hidden = true.objects[rng.choice(asked)].cell
@@ -266,7 +275,7 @@ Pair = tuple[Scene, Scene]
 
 
 def statements_of_one_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Statements that a kind is in the named image and not in the other."""
+    """Samples of one statement: "only the left image shows a dog", or the right one."""
     (here, without), (here_too, without_too), text = _present(rng, vocabulary)
     side = rng.choice(("left", "right"))
     left = [(here, without_too), (here_too, without)]
@@ -290,7 +299,7 @@ def statements_of_exactly_one(rng: random.Random, vocabulary: Vocabulary) -> lis
 
 
 def statements_of_more(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Statements that one image has more of a kind, by one or two, than the other."""
+    """Samples of one statement: "the left image has more dogs than the right image", or the reverse."""
     kind = asked_kind(rng, vocabulary)
     pairs: list[Pair] = []
     for _ in range(2):
@@ -308,7 +317,10 @@ def statements_of_more(rng: random.Random, vocabulary: Vocabulary) -> list[Sampl
 
 
 def statements_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Statements on the side of a noun in both images; in a false pair the two nouns are exchanged in one image."""
+    """Samples of one statement: "in both images the dog is left of the cat", or on another side.
+
+    In a false pair of images the two objects are exchanged in one of them.
+    """
     subject, side, anchor = _told(rng, vocabulary)
     found: list[Pair] = []
     for _ in range(2):
@@ -332,7 +344,7 @@ def statements_of_a_colour(rng: random.Random, vocabulary: Vocabulary) -> list[S
 
 
 def _present(rng: random.Random, vocabulary: Vocabulary) -> tuple[Pair, Pair, str]:
-    """Two pairs of a scene with a kind and the same scene without it, and the kind's text."""
+    """Two pairs (scene with a kind of object, the same scene with another kind in its place), and the kind in words."""
     kind = asked_kind(rng, vocabulary)
     pairs: list[Pair] = []
     for _ in range(2):

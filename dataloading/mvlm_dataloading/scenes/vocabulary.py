@@ -36,7 +36,7 @@ HELD_COLOURS = {
     "square": ("blue", "brown", "red"),
     "heart": ("black", "orange", "yellow"),
 }
-"""Colours of each shape that are in split `combo` alone."""
+"""Colours of each shape that only split `combo` asks about."""
 SHAPES = {
     "circle": ("black", "blue", "brown", "green", "orange", "purple", "red", "white", "yellow"),
     "square": ("black", "blue", "brown", "green", "orange", "purple", "red", "white", "yellow"),
@@ -89,7 +89,7 @@ def is_unseen(noun: str) -> bool:
 
 
 def held_side(noun: str) -> str:
-    """The side of other objects on which no text outside split `combo` says that a `noun` is."""
+    """Side of other objects (left, right, above or below) on which only texts of split `combo` place this noun."""
     return tuple(SIDES)[_hash("side", noun) % 4]
 
 
@@ -103,7 +103,7 @@ SPLITS = ("train", "validation", "test", "combo", "concept", "artist")
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The kinds of a split's scenes and texts."""
+    """Kinds of objects that the scenes of a split may have and its texts may ask about."""
 
     nouns: tuple[Kind, ...]
     """Nouns that texts ask about."""
@@ -112,9 +112,9 @@ class Vocabulary:
     subjects: tuple[Kind, ...]
     """Nouns that stand on a side of another: "the SUBJECT is left of the anchor"."""
     anchors: tuple[Kind, ...]
-    """Nouns that others stand beside."""
+    """Nouns beside which others stand: "the subject is left of the ANCHOR"."""
     fill: tuple[Kind, ...]
-    """Kinds that may be in any scene of the split."""
+    """Kinds that may be in any scene of the split, whether its texts ask about them or not."""
     held_sides: bool = False
     """True if subjects stand on their held-out side, False if they never do."""
 

@@ -61,7 +61,7 @@ def _name(file: Path) -> tuple[str, str]:
 
 
 def _captions(root: Path, file: Path) -> list[Record]:
-    """A record for each image."""
+    """Records of all images of a file of captions, one for each image."""
     folder = root / file.stem.removeprefix("captions_")
     with read_as(file, COCO_CAPTIONS):
         return [

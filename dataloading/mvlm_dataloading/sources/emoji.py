@@ -38,7 +38,7 @@ def split_of(codepoints: str) -> str:
 
 
 def plain(codepoints: str) -> str:
-    """Code points in lower case without variation selectors, which the two sets of files write differently."""
+    """Code points of an emoji in a form that OpenMoji and Twemoji share: lower case, without variation selectors."""
     return "-".join(point for point in codepoints.lower().split("-") if point != "fe0f")
 
 
@@ -63,7 +63,7 @@ def captions_of(codepoints: str, name: str, aliases: Iterable[str]) -> list[str]
 
 
 def base_of(name: str) -> str:
-    """Concept of an emoji: equal for images that differ only in skin tone or direction.
+    """Concept of an emoji by its `name`: equal for images that differ only in skin tone or direction.
 
     It is derived from the name, because code points encode one concept in several ways. Women holding hands is U+1F46D,
     but with two skin tones it is woman, handshake, woman. A couple without stated gender is "person, person" only with

@@ -144,7 +144,7 @@ def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> 
 
 
 def _lines_of(text: Iterable[str], file: Path) -> Iterator[str]:
-    """The lines of a table. A warning names the first that is not UTF-8."""
+    """Yield the lines of a table. A warning names the first line that is not UTF-8."""
     said = False
     for number, line in enumerate(text, 1):
         if not (said or line.isascii()) and re.search("[\udc80-\udcff]", line):
@@ -225,7 +225,7 @@ def refuse_repeated_files(files: Iterable[Path]) -> None:
 
 
 def captions_in_cell(value: Any) -> list[str]:
-    """Captions in a cell of a table: a string, or the strings of a list."""
+    """Captions in a cell of a table: the cell if it is a string, or the strings of a list; none for other values."""
     if isinstance(value, str):
         return [value]
     # Nulls and objects in a list are skipped. Converted to text, a null would be the caption "None".
@@ -251,10 +251,11 @@ def find_file(root: Path, *names: str) -> Path | None:
 
 
 def split_files(root: Path, splits: Mapping[str, str], *names: str) -> list[tuple[str, str, Path]]:
-    """Published name, our name and file of each split that is there.
+    """Files of a published data set's splits that exist: (published name, name in mvlm, file) of each split.
 
     Args:
-        names: of a split's file in the releases, relative to `root`, with {0} for the published split.
+        splits: published name -> name in mvlm.
+        names: possible names of a split's file, relative to `root`, with {0} for the published name.
 
     Raises:
         DataError: no file is there.
@@ -287,7 +288,7 @@ def read_as(file: Path, wanted: str) -> Iterator[None]:
 
 
 def karpathy_images(file: Path) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
-    """Yield split, captions and the other fields of each image of one of Karpathy's files."""
+    """Yield (split, captions, all fields) of each image in one of Karpathy's JSON files."""
     with read_as(file, f"Karpathy's {file.name}"):
         for image in read_json(file)["images"]:
             captions = captions_in_cell([sentence["raw"] for sentence in image["sentences"]])
@@ -298,7 +299,7 @@ COCO_CAPTIONS = "COCO captions (images, annotations)"
 
 
 def coco_images(file: Path) -> Iterator[tuple[dict[str, Any], list[str], str | None]]:
-    """Yield fields, captions and licence of each image of a file of captions in COCO's format."""
+    """Yield (fields, captions, licence or None) of each image in a file of captions in COCO's format."""
     with read_as(file, COCO_CAPTIONS):
         content = read_json(file)
         captions: dict[int, list[str]] = {}

@@ -23,7 +23,7 @@ from .record import (
 )
 
 Row = tuple[str, Any, list[str]]
-"""Split, name of the image, and captions."""
+"""An image of an annotation file: split, file name, and captions."""
 
 _IMAGES = ("flickr30k-images", "flickr30k_images", "images", "Images")
 _FILES = ("dataset_flickr30k.json", "flickr_annotations_30k.csv", "results_20130124.token", "results.csv")
@@ -92,7 +92,7 @@ def _annotations(file: Path) -> list[Row]:
 
 
 def _by_image(lines: Iterable[tuple[str, str]]) -> list[Row]:
-    """Rows of pairs (image, caption) without splits."""
+    """Group pairs (image, caption) by image. The rows have the split train, as the files state none."""
     captions: dict[str, list[str]] = {}
     for name, caption in lines:
         captions.setdefault(name, []).append(caption)
@@ -100,7 +100,13 @@ def _by_image(lines: Iterable[tuple[str, str]]) -> list[Row]:
 
 
 def _lines(file: Path, pattern: str, wanted: str, header: int = 0) -> Iterator[tuple[str, str]]:
-    """Pairs of the first and the last group of each line that is not empty, below a header of so many lines."""
+    """Yield the groups `image` and `caption` of a regular expression for each line that is not empty.
+
+    Args:
+        pattern: matches a whole line, else DataError.
+        wanted: form of a line in words, for messages.
+        header: number of lines at the beginning to pass over.
+    """
     for number, line in enumerate(text_lines(file), 1):
         line = line.rstrip("\n")
         if number > header and line.strip():

@@ -40,7 +40,7 @@ from .record import (
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 LISTED = (*IMAGE_EXTENSIONS, ".avif", ".bmp", ".gif", ".heic", ".jfif", ".tif", ".tiff")
-"""Endings of names of images. Images of formats that cannot be used are rejected with a reason, not passed over."""
+"""File name extensions of images. Those of formats that cannot be used are rejected with a reason, not passed over."""
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 
@@ -105,7 +105,10 @@ def folder(
 
 
 def split_of_image(images: Path, name: str, validation: float, test: float) -> str:
-    """Split of an image that no table puts into one: that of its folder's name, or by a hash of its own name."""
+    """Split of an image for which no table states one: by the name of its folder, else by a hash of its own name.
+
+    validation, test: shares of the images for these splits.
+    """
     # Of the stem, so that a.jpg and a.png stay together.
     return _split_of_folder(images, name) or split_by_hash(_key(name), validation, test)
 
@@ -167,11 +170,11 @@ def _coco(images: Path, file: Path) -> list[tuple[Record, str | None]]:
 def table_rows(
     images: Path, file: Path, columns: Mapping[str, str | Sequence[str]], split_column: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any], str | None]]:
-    """Name of the image relative to the folder, row, and the row's split or None, for each row of a table.
+    """Yield (name of the image relative to the folder, row, split or None) of each row of a table.
 
     Args:
-        columns: Names of the wanted columns, one or several, by what they hold: `image`, which is one, first. In a
-            .jsonl a row may leave out others.
+        columns: Names of the columns that are read, one or several, keyed by what they hold. `image`, a single name,
+            comes first. Rows of a .jsonl may lack the others.
         split_column: Column of splits. Default: split, or Split, if it is there.
 
     Raises:
@@ -204,7 +207,7 @@ def table_rows(
 
 
 def _name_here(images: Path, name: str) -> str:
-    """Name of a table's file relative to the folder, the same for every spelling, such as ./a.jpg for a.jpg."""
+    """Name of an image file in a table, relative to the folder and in one spelling: a.jpg for ./a.jpg."""
     path = Path(os.path.normpath(name))
     if path.is_absolute() and path.is_relative_to(images.absolute()):
         path = path.relative_to(images.absolute())

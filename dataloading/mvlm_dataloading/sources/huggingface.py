@@ -117,7 +117,10 @@ def huggingface(
 
 
 def _find(path: Path) -> list[tuple[Path, str | None]]:
-    """Find files of rows, each with the split that it states, or None."""
+    """Find the files of rows at a path: (file, split that save_to_disk, the file's or a folder's name states, or None).
+
+    The split is None if none of them states one.
+    """
     if path.is_file():
         return [(path, split_in_name(path.name))]
     if (path / "dataset_dict.json").is_file():
@@ -149,7 +152,7 @@ def _split_in_path(folder: Path, file: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _RowsFile:
-    """A file of rows, and the columns that are read."""
+    """A parquet or Arrow file of rows, and the columns that are read from it."""
 
     split: str
     """Split of the rows that state none."""
@@ -183,7 +186,7 @@ class _RowsFile:
                 )
 
     def splits(self) -> set[str]:
-        """Splits of the rows. Reads the column of splits alone."""
+        """Set of the splits that the rows have. Reads the column of splits alone."""
         if self.split_column is None:
             return {self.split}
         batches = _batches(self.path, [self.split_column], _SCANNED)
@@ -203,7 +206,10 @@ class _RowsFile:
             ) from None
 
     def samples(self) -> Iterator[tuple[str, str, Record]]:
-        """Yield of every sample its split, the text whose hash assigns it to a share, and its record."""
+        """Yield (split, text, record) of each sample.
+
+        The text's hash assigns a sample of train to an evaluation share.
+        """
         last: tuple[str, str, Record] | None = None
         captions: list[str] = []
         rows = chain.from_iterable(map(_rows, _batches(self.path, self.columns, _BATCH)))
@@ -235,7 +241,10 @@ class _RowsFile:
 
 @dataclass(frozen=True, slots=True)
 class _RowsPiece:
-    """The samples of one split in a file of rows. `shares` of train are assigned to validation and test."""
+    """Piece of a build: the samples of one split in a file of rows.
+
+    shares: of the samples of train, those that go to validation and to test.
+    """
 
     split: str
     file: _RowsFile
@@ -261,7 +270,10 @@ def _image(cell: Any) -> tuple[bytes | None, str | None]:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """Rows of a record batch. Bytes that are not UTF-8 in a text are read as lone surrogates (surrogateescape)."""
+    """Yield the rows of an Arrow record batch as dictionaries.
+
+    Bytes in a text that are not UTF-8 become lone surrogates.
+    """
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -270,7 +282,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _value(cell: Any) -> Any:
-    """The value of one cell of pyarrow."""
+    """Python value of an Arrow scalar. Bytes in a text that are not UTF-8 become lone surrogates (surrogateescape)."""
     try:
         return cell.as_py()
     except UnicodeDecodeError:

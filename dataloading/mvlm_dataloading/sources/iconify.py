@@ -134,7 +134,10 @@ def _icons(content: dict[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _icon_of(name: str, aliases: dict[str, dict[str, Any]]) -> str | None:
-    """The icon that a name stands for. None if an alias mirrors, turns or crops it, or if aliases run in a circle."""
+    """Name of the icon that a name or an alias stands for.
+
+    None if an alias mirrors, turns or crops its icon, or if aliases run in a circle.
+    """
     seen = set()
     while name in aliases:
         if name in seen or not set(aliases[name]) <= {"parent", "hidden"}:
@@ -156,10 +159,12 @@ def concept(name: str) -> str:
 
 
 def _emoji_names(chars: dict[str, str], content: dict[str, Any]) -> dict[str, tuple[str, list[str], str]]:
-    """Code points, captions and concept in the emoji data set of each icon that is an emoji.
+    """Code points, captions and concept in the emoji data set, for each icon of a collection that is an emoji.
 
     Args:
-        chars: icon or alias of code points. Icon fonts have code points too, in areas for private use, of no emoji.
+        chars: content of chars.json: code points -> name of an icon or alias. Icon fonts have code points in areas for
+            private use too, which are of no emoji.
+        content: the collection.
     """
     aliases = content.get("aliases") or {}
     known: dict[str, tuple[str, list[str], str]] = {}
@@ -193,7 +198,7 @@ def _beside(collection: Path, name: str) -> dict[str, Any]:
 
 
 def _text(info: Any, *path: str) -> str:
-    """A text in nested objects; "" where it is missing."""
+    """String at a path of keys in nested objects; "" where it is missing or no string."""
     for key in path:
         info = info.get(key) if isinstance(info, dict) else None
     return info if isinstance(info, str) else ""

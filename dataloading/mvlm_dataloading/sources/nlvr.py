@@ -95,7 +95,10 @@ def _check_side(side: int) -> None:
 
 
 def _with_folders(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of NLVR. Those of the hidden set name no folder, so it is the one in which their image is."""
+    """Yield the rows of a file of NLVR, each with its field `directory`: the folder of its images.
+
+    Rows of the hidden set lack the field. Theirs is found by the names of the image files.
+    """
     folders: dict[str, str] = {}
     for row in read_rows(file, lines=True):
         if "directory" not in row and not folders:
@@ -134,7 +137,13 @@ def _boxes(file: Path, part: str, row: dict[str, Any], side: int, count: int) ->
 def _truth(
     row: dict[str, Any], images: int, identifier: str, set_id: str, image_id: str
 ) -> tuple[dict[str, Any], str | None]:
-    """Metadata of a row, and its fault if it has no label."""
+    """Metadata of a sentence, and the reason to reject it if it has no label true or false, else None.
+
+    Args:
+        row: of the annotation file.
+        images: number of images that the sentence is about.
+        identifier, set_id, image_id: ids of the sentence, of the set of images that it belongs to, and of its images.
+    """
     label = str(row.get("label")).strip().lower()
     known = label if label in ("true", "false") else None
     metadata = {"images": images, "identifier": identifier, "set_id": set_id, "label": known, "image_id": image_id}

@@ -199,11 +199,12 @@ def published(
     questions: bool = False,
     **recipe: Any,
 ) -> Source:
-    """A source of annotation files, and of records read from them.
+    """Make a source from records that were read from annotation files.
 
     Args:
+        records: by split.
         files: the annotation files. Their hashes are in the recipe.
-        questions: of a task: the records of one image come one after another.
+        questions: True for a task's questions; the records of one image are then put next to each other.
         recipe: further values that determine the content.
     """
     if questions:
@@ -242,7 +243,7 @@ def looks_like_evaluation(word: str) -> bool:
 
 
 def split_in_name(name: str) -> str | None:
-    """First word of a file or folder name that names a split; None if there is none.
+    """First word of a file or folder name that names a split, in lower case; None if there is none.
 
     A word consists of letters. A known name (train of cc3m-train-000.tar, val of val2017) comes before one that only
     looks like an evaluation split (testa of testA-000.tar). `canonical_split` refuses the latter, so that it does not
@@ -287,7 +288,7 @@ def file_fingerprint(path: Path, file: BufferedReader | None = None) -> list[Any
     """Name, size, and hash of the first and last 64 KiB of a file, for a recipe. For files too large to hash whole.
 
     Args:
-        file: the open file, which is left at another place. Default: it is opened.
+        file: the open file, whose position changes. Default: the file is opened.
     """
     if file is None:
         with open_regular(path) as file:

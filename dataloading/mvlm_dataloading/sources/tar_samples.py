@@ -34,7 +34,7 @@ class TarSample:
 
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
-    """Content by extension, in lower case."""
+    """Content of each file of the sample, by its extension in lower case."""
     long_metadata: bool = False
     """True if the `.json` is too long and was not read."""
     fault: str | None = None
@@ -110,10 +110,11 @@ def _unpacked(raw: BufferedReader) -> IO[bytes]:
 
 
 class _Links:
-    """The files of a tar by name, for the hard links to them. They are read a second time, from a file of their own.
+    """Finds the files of a tar to which hard links point, and reads them from the tar, opened a second time.
 
     Args:
-        raw: the open tar. The second one is opened at the first link.
+        path: the tar.
+        raw: the open tar, which must be the file that is opened again, at the first link that is read.
     """
 
     def __init__(self, path: Path, raw: BufferedReader) -> None:
@@ -123,7 +124,10 @@ class _Links:
         self._last: tuple[tuple[int, int], bytes] | None = None
 
     def follow(self, member: Member) -> bool:
-        """Give a hard link place and size of its file. False for a member that has no content."""
+        """Set offset and size of a hard link to those of the file that it links to.
+
+        False for a member that has no content.
+        """
         if member.islnk() and member.linkname in self._places:
             member.offset_data, member.size = self._places[member.linkname]
         elif not member.isfile():

@@ -70,7 +70,13 @@ def _source(
     name: str, root: Path, file: str, rows_of: Callable[[dict[str, Any]], Iterator[Row]], shares: tuple[float, float],
     **about: Any,
 ) -> Source:  # fmt: skip
-    """A source of an annotation file with a list of images. `rows_of`: the rows of an image."""
+    """Make a source from an annotation file that is a JSON list of images.
+
+    Args:
+        rows_of: yields the rows of one element of the list.
+        shares: of the images for validation and for test.
+        about: further arguments of `published`.
+    """
     validation, test = shares
     check_shares(validation, test)
     find, others = _image_finder(root), _ids_elsewhere(root / "image_data.json")

@@ -19,7 +19,10 @@ NO_ANSWERS = "question has no answers"
 
 
 def as_of_ten_people(answer: str) -> list[dict[str, Any]]:
-    """The `answers` of a question that has one: the metric compares an answer with those of three other people."""
+    """One answer in VQA v2's form, as if ten people had given it.
+
+    VQA's metric takes an answer as right if at least three people gave it.
+    """
     return [{"answer": answer, "answer_id": person} for person in range(1, 11)]
 
 
@@ -124,7 +127,7 @@ def _records(folder: Path, part: str, questions: Path, other: Path | None = None
 
 
 def _by_question(rows: list[dict[str, Any]]) -> tuple[dict[Any, dict[str, Any]], list[Any]]:
-    """The first annotation of each question, and the ids of further ones."""
+    """First annotation of each question, keyed by question id, and the question ids of further annotations."""
     annotations: dict[Any, dict[str, Any]] = {}
     surplus = [row["question_id"] for row in rows if annotations.setdefault(row["question_id"], row) is not row]
     return annotations, surplus
@@ -148,13 +151,16 @@ def _rows(file: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _smallest(records: Iterable[Record], count: int) -> set[str]:
-    """The `count` images with the smallest hashes. More or fewer questions do not change the order of images."""
+    """Ids of the `count` images whose ids have the smallest hashes.
+
+    The choice does not depend on the number of questions.
+    """
     images = {record.metadata["image_id"] for record in records} - {""}  # annotations without a question have none
     return set(sorted(images, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
 
 
 def _chosen(file: Path) -> set[Any]:
-    """Question ids, or `image_id`s, that a file chooses for validation."""
+    """Ids of questions, or `image_id`s, that the file of `--minival` chooses for validation."""
     with read_as(file, "a list of questions, or Karpathy's dataset_coco.json"):
         content = read_json(file)
         if isinstance(content, dict):

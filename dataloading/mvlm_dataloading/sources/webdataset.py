@@ -44,7 +44,7 @@ _LISTS = {
         "Ordonez, Kulkarni and Berg, 2011",
     ),
 }
-"""Origin, licence and attribution of lists of links."""
+"""Origin, licence and attribution of the published lists of image links that `cc3m` builds."""
 
 
 @source
@@ -97,10 +97,13 @@ def webdataset(
 def tar_pieces(
     splits: Mapping[str, Sequence[Path] | float], caption_field: str = "caption", prefix_keys: bool = False
 ) -> tuple["list[TarPiece]", dict[str, Any]]:
-    """Pieces of the tars of each split, with keys that do not collide, and their part of a recipe.
+    """Make the pieces of a build from tars, with keys that do not collide.
+
+    Returns the pieces, and the part of a recipe that describes them.
 
     Args:
-        splits: tars and folders of each split, or the share of train that it takes.
+        splits: tars and folders of tars of each split, or the share of train that the split takes.
+        caption_field, prefix_keys: as for `webdataset`.
     """
     tars: list[TarPiece] = []
     given = {split: paths for split, paths in splits.items() if not isinstance(paths, int | float)}
@@ -200,7 +203,7 @@ def find_tars(path: Path, given: Sequence[Path] = ()) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class TarPiece:
-    """A tar as a piece."""
+    """Piece of a build that reads one tar, or the share of its samples that goes to one split."""
 
     split: str
     path: Path
@@ -211,7 +214,7 @@ class TarPiece:
     table_sha256: str | None = None
     """Hash of img2dataset's table beside the tar, which a build refuses too if it differs; None without a table."""
     shares: Mapping[str, float] | None = None
-    """Shares of the tar's samples that evaluation splits take, of which this piece has those of `split`. None: it has
+    """Shares of the tar's samples that go to evaluation splits. The piece then has the samples of `split` alone. None:
     all samples."""
 
     @property
@@ -246,7 +249,7 @@ class TarPiece:
                 yield self._refusal(key, "image was not downloaded")
 
     def _record(self, sample: TarSample, row: dict[str, Any]) -> Record:
-        """The record of a sample. `row`: its row of img2dataset's table."""
+        """Make the record of a sample. row: its row in img2dataset's table; empty without a table."""
         if sample.fault is not None:
             return self._refusal(sample.key, sample.fault)
         image = next((sample.parts[extension] for extension in IMAGE_EXTENSIONS if extension in sample.parts), None)
@@ -270,7 +273,10 @@ class TarPiece:
 
 
 def _describe(text: bytes | None, prefix: str) -> dict[str, Any]:
-    """Origin of an image, from img2dataset's metadata. Folders that number their images alike have prefixes."""
+    """URL, id and licence of an image, from img2dataset's metadata, a JSON text. The id gets `prefix`.
+
+    Folders that number their images alike have prefixes.
+    """
     fields = _parse_object(text)
     found = {name: fields[name] for name in ("url", "image_id", "license") if isinstance(fields.get(name), str | int)}
     if prefix and found.get("image_id", "") != "":  # an empty one names no image, and would name all

@@ -60,13 +60,14 @@ class Findings:
     words: list[int] = field(default_factory=list)
     """Number of words of each caption."""
     texts: list[tuple[int, int]] = field(default_factory=list)
-    """Hashes of each caption's words and of its image's name."""
+    """Two hashes for each caption: of its words, and of its image's name."""
     scripts: Counter[str] = field(default_factory=Counter)
     """Number of captions by script."""
     formats: Counter[str] = field(default_factory=Counter)
     """Number of decodable images by file extension."""
     transparent: int = 0
-    """Number of decodable images with a pixel that is not opaque. The loader gives their colours without the white."""
+    """Number of decodable images with a pixel that is not opaque. The loader ignores transparency, so it shows what
+    lies below."""
     keys: list[str] = field(default_factory=list)
     """Keys of all samples of the split or shard."""
     problems: list[str] = field(default_factory=list)
@@ -232,7 +233,10 @@ def _read_through(
 
 
 def _index_problem(task: _Task, text: bytes) -> str | None:
-    """The problem of a shard's part of the split's index, which should list what the DALI index `text` does."""
+    """Difference between the split's index and a shard's DALI index, whose content is `text`; None if they agree.
+
+    A split without an index has none.
+    """
     path = index_path(task.folder, task.split)
     if not path.is_file():
         return None
@@ -250,7 +254,10 @@ def _index_problem(task: _Task, text: bytes) -> str | None:
 
 
 def _read(file: BufferedReader, length: int, line: str) -> tuple[str, dict[str, bytes]]:
-    """Key and components of a line of an index. A component that lies beyond the `length` of the tar is empty."""
+    """Read the components of a sample from its tar. line: of the DALI index.
+
+    Returns the key, and the content by extension. It is empty if a component lies beyond the tar's `length` in bytes.
+    """
     parts = {}
     key, components = components_of(line)
     for extension, offset, size in components:

@@ -50,11 +50,11 @@ _IN_FLIGHT = 8
 
 @dataclass(frozen=True, slots=True)
 class LinkOptions:
-    """Settings of a link."""
+    """Settings of `mvlm data link`."""
 
     captions: CaptionSpec
     image: str = ""
-    """Extension of the images in tars, or their column in tables. Default: the only one that there is."""
+    """File name extension of the images in tars, or their column in tables. Default: the only candidate."""
     split: str = ""
     """Split of all files. Default: a word of a file's name (cc12m-validation-000.tar), else train."""
 
@@ -141,7 +141,10 @@ def _checked(urls: list[str]) -> list[str]:
 
 
 def _begin(folder: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or compare the one that is there. The caller holds the lock."""
+    """Write `plan`, the specification of a link, to link.json, or check that the one that is there is equal.
+
+    The caller holds the lock of the folder.
+    """
     if not is_link_part(folder):
         write_file(folder / "link.json", json.dumps(plan))
     elif _read_plan(folder) != plan:
@@ -244,7 +247,10 @@ _PIECE = {"split": str, "shard": dict, "captions": int, "left_out": dict, "field
 
 
 def _pieces(parts: Sequence[Path], count: int) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Index and description of each file, in order. DataError if one is missing or damaged."""
+    """Yield (index file, content of its .json) for each of the `count` linked files, in order.
+
+    DataError if one is missing in all parts or is damaged.
+    """
     for number in range(count):
         folder = next((part for part in parts if _piece(part, number).exists()), None)
         if folder is None:
@@ -257,7 +263,7 @@ def _pieces(parts: Sequence[Path], count: int) -> Iterator[tuple[Path, dict[str,
 
 
 def _assemble(parts: Sequence[Path], plan: dict[str, Any], options: LinkOptions, out: Path) -> dict[str, Any]:
-    """Write the data set from the pieces of all files."""
+    """Write the data set `out` from the pieces of all files. Returns its description."""
     splits: dict[str, dict[str, Any]] = {}
     indices: dict[str, list[Path]] = {}
     left_out, fields = Counter[str](), Counter[str]()

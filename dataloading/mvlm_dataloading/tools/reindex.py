@@ -35,7 +35,7 @@ _MAX_TEXT = 1 << 22
 
 @dataclass(slots=True)
 class TarIndex:
-    """Index of a tar, made from its content."""
+    """DALI index of a tar and statistics, made by reading the tar."""
 
     lines: list[str]
     """Index lines of the usable samples."""
@@ -142,7 +142,10 @@ def lists_samples_of(tar: Path, index: SampleIndex | LinkedIndex, shard: int) ->
 
 
 def _read_text(walk: TarWalk, member: Member, extension: str, unseen: bool) -> int | str:
-    """Count the captions or metadata fields of a sample. Returns the reason as text if they cannot be used."""
+    """Number of captions in a sample's `.txt`, or of fields in its `.json`; or why the text cannot be used.
+
+    unseen: accept captions in which nothing can be seen.
+    """
     what = "caption" if extension == "txt" else "metadata"
     if member.size > _MAX_TEXT:
         return f"{what} is too long"

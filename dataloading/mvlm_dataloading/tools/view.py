@@ -43,12 +43,12 @@ from .view_links import caption_fault, depth_of, hash_share, view_links
 log = logging.getLogger(__name__)
 
 _QUESTIONS = {"question_id", "pairID", "identifier"}
-"""Metadata of which a sample of a task has one: VQA v2's, SNLI-VE's and NLVR2's."""
+"""Names of metadata fields by which a sample of a task is recognised: of VQA v2, of SNLI-VE and of NLVR2."""
 
 
 @dataclass(slots=True)
 class _Row:
-    """A sample that a view has chosen: its source, its number there, and the facts of its image."""
+    """A sample that a view has chosen: number of its source, data set and id there, size and hashes of its image."""
 
     source: int
     dataset: Dataset
@@ -132,7 +132,7 @@ def make_view(
 
 
 def _asks(source: Path) -> bool:
-    """True for a data set of questions, hypotheses or statements, several of which may have one image."""
+    """True for a data set of a task's questions, hypotheses or statements, where several samples may have one image."""
     for split in read_description(Path(source))["splits"]:
         dataset = open_dataset(source, split)
         if len(dataset) and not _QUESTIONS.isdisjoint(dataset.metadata(0)):
@@ -141,7 +141,11 @@ def _asks(source: Path) -> bool:
 
 
 def _select(sources: Sequence[Path], options: ViewOptions) -> tuple[list[_Row], list[ImageFacts], Counter[str]]:
-    """Samples chosen by all options but `leaks`, `duplicates` and `fraction`; other evaluation images; rejections."""
+    """Select samples by all options but `leaks`, `duplicates` and `fraction`.
+
+    Returns the samples; the images of evaluation splits that are not among them, which still exclude training images;
+    and the number of rejected samples by reason.
+    """
     decoder = ImageDecoder()
     rows: list[_Row] = []
     evaluation: list[ImageFacts] = []

@@ -1,4 +1,4 @@
-"""Views of linked data: the records of the chosen samples, and what all views choose by."""
+"""Views of linked data: they hold the index records of the chosen samples. And rules of choice that all views share."""
 
 import hashlib
 import re
@@ -25,7 +25,8 @@ from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.sources.record import is_evaluation
 
 BUILT = {**CaptionSpec((Field("txt", (), 1.0),), lines=True).to_json(), "image": ""}
-"""The captions of a data set with tars of its own: the lines of each `.txt`."""
+"""Specification of captions, as linked data have one, for data sets with tars of their own: the lines of each `.txt`.
+"""
 
 
 def view_links(out: Path, sources: Sequence[Path], options: ViewOptions, weights: Sequence[float]) -> dict[str, Any]:
@@ -94,7 +95,12 @@ def _require_no_images(options: ViewOptions, splits: set[str]) -> None:
 def _choose(
     dataset: Dataset, shard: int, options: ViewOptions, weight: float, reasons: Counter[str]
 ) -> tuple[list[int], int]:
-    """Rows of a shard that are in the view, repeated by the weight, and the number of their captions."""
+    """Choose samples of a shard. Returns their row numbers in the shard, copies included, and their number of captions.
+
+    Args:
+        weight: number of copies of a training sample. A fraction gives that share of the samples one copy more.
+        reasons: number of rejected samples by reason, which is added to.
+    """
     first, end = dataset.index.first[shard : shard + 2].tolist()
     asks = options.match or options.without or options.min_words > 1 or options.max_words < ViewOptions().max_words
     train, rows, found = not is_evaluation(dataset.split), list[int](), 0
@@ -120,7 +126,12 @@ def _as_linked(dataset: Dataset, shard: int) -> dict[str, Any]:
 
 
 def _content(dataset: Dataset, shard: int, rows: list[int], columns: int) -> tuple[Any, bytes]:
-    """Records and keys of some rows of a shard, as `IndexWriter.add` takes them, with so many columns."""
+    """Index records and keys of some samples of a shard, as `IndexWriter.add` takes them.
+
+    Args:
+        rows: row numbers in the shard, possibly repeated.
+        columns: how many numbers a record gets.
+    """
     records, keys = dataset.index.shard_content(shard)
     ends = records[:, -1].astype(np.int64)
     begins = np.append(0, ends)[:-1]
@@ -147,7 +158,7 @@ def caption_fault(captions: list[str], options: ViewOptions) -> str | None:
 
 
 def hash_share(options: ViewOptions, purpose: str, dataset: Dataset, i: int) -> float:
-    """Hash of seed, purpose, key and depth of views, as a number in [0, 1).
+    """Pseudorandom number in [0, 1) for sample i: a hash of seed, purpose, the sample's key and `depth_of` the data.
 
     Without the depth, taking a fraction of a view that is itself a fraction would select all of its samples.
     """
@@ -160,6 +171,6 @@ def hash_share(options: ViewOptions, purpose: str, dataset: Dataset, i: int) -> 
 
 
 def depth_of(description: dict[str, Any]) -> int:
-    """Number of nested views; 0 for a data set with its own tars."""
+    """Number of views that lie between a data set and the tars that it reads; 0 for a data set with its own tars."""
     view = description.get("recipe", {}).get("view")
     return view.get("depth", 0) if isinstance(view, dict) else 0

@@ -29,12 +29,12 @@ from mvlm_dataloading.errors import need
 
 
 class Family(NamedTuple):
-    """Properties of a family of text encoders of transformers, for its adapter."""
+    """Properties of a family of text encoders of transformers that a `TextTower` needs to know."""
 
     model: str
     """Name of the family's model class in transformers."""
     pooler: bool = False
-    """True if the class has a pooler, which the adapter leaves out."""
+    """True if the class has a pooler, which the tower is built without."""
     shifted: bool = False
     """True if positions start after the padding id, as in RoBERTa."""
     causal: bool = False
@@ -57,7 +57,7 @@ FAMILIES = {
 }
 """Text encoders that can be towers, by their `model_type` in transformers."""
 ATTENTION = "mvlm"
-"""Name in transformers of the attention of towers that pack."""
+"""Name under which transformers knows our attention, for towers that read packed captions."""
 _FIXED: dict[str, Any] = {
     "return_dict": True,
     "output_attentions": False,
@@ -71,7 +71,7 @@ _FIXED: dict[str, Any] = {
 
 
 class TextTower(nn.Module):
-    """A text encoder of transformers, and a linear layer to a width of the model that is not its own.
+    """A text encoder of transformers, followed by a linear layer if the model is wider than it.
 
     ConfigError for settings of which transformers makes no tower, and for a model too small for it.
     """
@@ -107,7 +107,10 @@ class TextTower(nn.Module):
         return padded.unpad(self.padded(padded.pad(tokens), padded.key_mask))
 
     def padded(self, tokens: Tensor, exists: Tensor) -> Tensor:
-        """tokens int64 (B, L), exists bool (B, L), False = padding -> features (B, L, C), any for padding."""
+        """Features (B, L, C) of padded captions, tokens int64 (B, L). Those of padding may be anything.
+
+        exists: bool (B, L), False = padding.
+        """
         if self.family.unmasked:
             pad, length = self.tower.config.pad_token_id, tokens.shape[1]
             places = 1 + self.tower.config.max_position_embeddings
@@ -123,7 +126,7 @@ class TextTower(nn.Module):
         return self.finish(x)
 
     def packed(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """Compute `forward` without padding, where the family can."""
+        """Features (T, C) of packed tokens int64 (T,), as `forward` gives them. Without padding, if the family can."""
         if not self.packs:
             return self(tokens, packing)
         kinds = getattr(self.tower.config, "layer_types", None)
@@ -137,12 +140,12 @@ class TextTower(nn.Module):
         return self.finish(x[0])
 
     def finish(self, x: Tensor) -> Tensor:
-        """Features of the tower's width -> features (..., C), in the parameters' dtype under autocast too."""
+        """Map features of the tower's width to the model's, (..., C), in the parameters' dtype, under autocast too."""
         return self.bridge(x).to(self.tower.dtype)
 
 
 def read_settings(settings: str) -> tuple[str, dict[str, Any]]:
-    """model_type and the other settings of a tower, from JSON. ConfigError if they are those of no tower."""
+    """model_type and the other settings of a text tower, from JSON. ConfigError unless they are those of a tower."""
     try:
         values = dict(json.loads(settings))
         kind = values.pop("model_type")
@@ -156,7 +159,7 @@ def read_settings(settings: str) -> tuple[str, dict[str, Any]]:
 
 
 def tower_layers(settings: str) -> int | None:
-    """Number of layers in the configuration of a tower, before anything is built of it; None if it has none."""
+    """Number of layers that the configuration of a tower states, before anything is built; None if it states none."""
     _, values = read_settings(settings)
     return values.get("num_hidden_layers", values.get("n_layers"))
 
@@ -191,7 +194,10 @@ def register_attention() -> None:
     sdpa = transformers.AttentionInterface()["sdpa"]
 
     def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        """q, k and v (B, H, L, D), or packed (1, H, T, D) with an option `packing` -> (B, L, H, D)."""
+        """Attention of q, k and v (B, H, L, D), or packed (1, H, T, D) with an option `packing`.
+
+        Returns (B, L, H, D).
+        """
         packing = options.pop("packing", None)
         if packing is None:
             return sdpa(module, q, k, v, mask, **options)

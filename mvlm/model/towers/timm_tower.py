@@ -84,14 +84,14 @@ class TimmTower(BaseImageEncoder):
         return self.add_output_positions(self.bridge(x).to(x.dtype))
 
     def _pooled(self, x: Tensor) -> Tensor:
-        """Row for the whole image (B, W), from all rows behind the last block."""
+        """Row that stands for the whole image, (B, W): the tower's [CLS], or its own pooling of the last block."""
         module = self.module
         if module.cls_token is not None and module.attn_pool is None and isinstance(module.fc_norm, nn.Identity):
             return x[:, 0]
         return module.forward_head(x, pre_logits=True)
 
     def resized_positions(self, position: Tensor) -> Tensor:
-        """Positions (1, P, W) of a module for images of another size, as they are for this one's (1, P', W)."""
+        """Resample position embeddings (1, P, W), of images of another size, to (1, P', W) for this tower's images."""
         from timm.layers.pos_embed import resample_abs_pos_embed
 
         prefix = 0 if self.module.no_embed_class else self.module.num_prefix_tokens
@@ -100,9 +100,10 @@ class TimmTower(BaseImageEncoder):
 
 
 def make_module(tower: str, pretrained: bool = False, **sizes: Any) -> Any:
-    """Make timm's module of a tower, timm:NAME, without its classifier unless its pretrained weights are downloaded.
+    """Make timm's module of a tower, timm:NAME. ConfigError for a name that timm does not have, or that is no tower.
 
-    ConfigError for a name that timm does not have, and for a module that cannot be a tower, with the reason.
+    pretrained: download its weights; the module then has its classifier. sizes: further arguments of timm's
+    `create_model`.
     """
     name = tower.removeprefix(PREFIX)
     if name == tower:
@@ -145,9 +146,10 @@ def why_no_tower(module: Any) -> str:
 
 
 def tower_settings(tower: str, image_size: int | None = None) -> dict[str, Any]:
-    """Settings of a model with an image tower, by their names in `MaskVLMConfig`: the tower's own, and those for it.
+    """Settings of a model that suit an image tower, by their names in `MaskVLMConfig`: the tower's sizes, and others.
 
-    Blocks of masks have sides near 32 pixels. A pair's width of embeddings is its own, and SigLIP's loss the sigmoid.
+    Masked blocks have sides near 32 pixels. With a tower from CLIP or SigLIP, contrastive embeddings have its width,
+    and with one from SigLIP the loss is the sigmoid.
 
     Args:
         image_size: side of images in pixels; by default that of the tower's pretraining.
