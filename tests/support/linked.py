@@ -48,8 +48,11 @@ def write_tars(
     return paths
 
 
-def write_table(path: Path, numbers: range, *, by_datasets: bool) -> Path:
-    """A Parquet file of images and captions: by `datasets`, a struct of bytes and path; by pyarrow, bytes."""
+def write_table(path: Path, numbers: range, *, by_datasets: bool, group: int = 7) -> Path:
+    """A Parquet file of images and captions: by `datasets`, a struct of bytes and path; by pyarrow, bytes.
+
+    `group` rows are a row group.
+    """
     captions = [f"text {number}" for number in numbers]
     others = [[f"re {number} a", f"re {number} b"] for number in numbers]
     images = [picture(number, list(FORMATS)[number % 4]) for number in numbers]
@@ -60,10 +63,10 @@ def write_table(path: Path, numbers: range, *, by_datasets: bool) -> Path:
         features = datasets.Features(
             image=datasets.Image(), caption=datasets.Value("string"), others=datasets.List(datasets.Value("string"))
         )
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path), batch_size=7)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path), batch_size=group)
     else:
         arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         info = [json.dumps({"caption": text}) for text in captions]
         table = arrow.table({"image": images, "caption": captions, "others": others, "info": info})
-        parquet.write_table(table, path, row_group_size=7, compression="zstd")
+        parquet.write_table(table, path, row_group_size=group, compression="zstd")
     return path

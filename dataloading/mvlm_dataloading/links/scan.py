@@ -60,6 +60,8 @@ class Scan:
     """Number of other samples, by reason."""
     fields: Counter[str] = field(default_factory=Counter)
     """Number of samples with each file, or column."""
+    groups: list[int] = field(default_factory=list)
+    """Usable samples of each row group of a table that has some."""
     warning: str = ""
 
     def add(self, key: str, image: int, size: int, texts: Sequence[tuple[int, int]], captions: int) -> None:

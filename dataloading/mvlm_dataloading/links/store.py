@@ -149,6 +149,10 @@ class RangeStore:
         """`read` on a thread of the store. The future has its result or its error."""
         return self._pool.submit(self.read, file, begin, end)
 
+    def call(self, action: Callable[[], Any]) -> "Future[Any]":
+        """Result of an action that reads one range after another, on a thread of the store."""
+        return self._pool.submit(action)
+
     def close(self) -> None:
         """Wait for the ranges in flight, and give up those that wait."""
         self._pool.shutdown(cancel_futures=True)

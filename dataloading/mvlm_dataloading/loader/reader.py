@@ -68,7 +68,8 @@ class Reader:
             self._order = SampleOrder(dataset.shard_sizes, config.seed, shuffle=config.train, **together)
         else:
             assert dataset.links is not None
-            self._order = LaneOrder(dataset.shard_sizes, config.seed, config.lanes, **together)
+            groups = dataset.row_groups()
+            self._order = LaneOrder(dataset.shard_sizes, config.seed, config.lanes, groups=groups, **together)
             arguments = progress.position, config.batch_size, self._is_own, config.world_size
             self._ring = Ring(dataset, dataset.links, self._order, *arguments)
             self._start = progress.position

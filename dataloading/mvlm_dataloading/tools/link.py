@@ -226,6 +226,8 @@ def _scan(folder: Path, options: LinkOptions, task: tuple[int, str], report: Cal
         store.close()
     records, file = found.records, _piece(folder, number)
     shard = {"tar": linked.url, "samples": len(records), "bytes": linked.size, "sha256": "", "etag": linked.etag}
+    if is_table(linked.url):
+        shard["groups"] = found.groups
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaced(file.with_suffix(".index")) as aside, aside.open("wb") as index:
         writer = IndexWriter(index, "", [shard], columns=found.columns)
