@@ -47,6 +47,7 @@ PART_BYTES = 8 << 20
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _KIND = re.compile(r"kind: (Connect|Timeout)\b")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _DENIED = {401, 403, 407}
 _MISSING = {404, 410}
 _REPEATED = {408, 425, 429}
@@ -100,8 +101,14 @@ class RangeStore:
         reader = _reader_of(place)
         return _attempt(place, lambda: reader.stat(place))
 
+    def pinned(self, url: str) -> str:
+        """The URL at the commit that it stands for now, on the hub. Any other one as it is. DataError as of `stat`."""
+        place = normal_url(url)
+        pin = _reader_of(place).pin
+        return place if pin is None else _attempt(place, lambda: pin(place))
+
     def names(self, folder: str, most: int) -> list[str]:
-        """Names of all files in a remote folder, sorted. Those in its subfolders are left out.
+        """Paths of all files below a remote folder, sorted, relative to it.
 
         Raises:
             DataError: it has more than `most` files, its store has no list of them, or cannot be reached.
@@ -116,8 +123,7 @@ class RangeStore:
         found = _attempt(place, lambda: list(islice(names_of(place), most + 1)))
         if len(found) > most:
             raise DataError(f"{place}: wanted at most {most} files, found more; name a smaller folder")
-        names = (name.removeprefix(f"{place}/") for name in found)
-        return sorted(name for name in names if "/" not in name)
+        return sorted(name.removeprefix(f"{place}/") for name in found)
 
     def read(self, file: LinkedFile, begin: int, end: int) -> memoryview:
         """The bytes `begin` to `end` - 1 of a file. At most `MOST_BYTES`; none of them lies beyond its end.
@@ -214,6 +220,8 @@ class _Reader(NamedTuple):
     read: Callable[[LinkedFile, int, int], Content]
     names: Callable[[str], Iterator[str]] | None
     """URLs of all files below a folder."""
+    pin: Callable[[str], str] | None = None
+    """The URL of a file or a folder at its commit."""
 
 
 def _reader_of(url: str) -> _Reader:
@@ -297,8 +305,8 @@ def _judge(place: str, error: Exception) -> str:
 
 def _status_of(error: Exception) -> int:
     """Status of the answer that an error tells of; 0 if it tells of none."""
-    if isinstance(error, FileNotFoundError):
-        return 404
+    if isinstance(error, FileNotFoundError):  # the hub's client raises it of an answer with another status too
+        return getattr(getattr(error.__cause__, "response", None), "status_code", None) or 404
     if isinstance(error, PermissionError):
         return 403
     for one in (error, getattr(error, "response", None)):
@@ -485,11 +493,15 @@ def _web_reader(scheme: str, process: int) -> _Reader:
 def _hub_reader(process: int) -> _Reader:
     filesystem = need("fsspec").filesystem("hf", **options("hf"))
 
+    def pin(url: str) -> str:
+        path, commit = filesystem.resolve_path(url), ""
+        if not _COMMIT.fullmatch(path.revision):
+            commit = filesystem._api.repo_info(path.repo_id, repo_type=path.repo_type, revision=path.revision).sha
+        return f"hf://{path.repo_type}s/{path.repo_id}@{commit or path.revision}/{path.path_in_repo}".rstrip("/")
+
     def stat(url: str) -> LinkedFile:
-        path = filesystem.resolve_path(url)
-        commit = filesystem._api.repo_info(path.repo_id, repo_type=path.repo_type, revision=path.revision).sha
-        pinned = f"hf://{path.repo_type}s/{path.repo_id}@{commit}/{path.path_in_repo}"
-        return LinkedFile(pinned, filesystem.info(pinned)["size"], commit)
+        pinned = pin(url)
+        return LinkedFile(pinned, filesystem.info(pinned)["size"], filesystem.resolve_path(pinned).revision)
 
     def read(file: LinkedFile, begin: int, end: int) -> Content:
         with filesystem.open(file.url, "rb", cache_type="none") as opened:
@@ -499,4 +511,4 @@ def _hub_reader(process: int) -> _Reader:
     def names(folder: str) -> Iterator[str]:
         return (f"hf://{path}" for path in filesystem.find(folder))
 
-    return _Reader(stat, read, names)
+    return _Reader(stat, read, names, pin)
