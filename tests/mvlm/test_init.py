@@ -49,6 +49,7 @@ def test_imports_and_mistakes_and_scores_need_nothing_slow(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:3] == ["", "", ""]
-    assert lines[3].startswith("unknown preset") and "'hgue'" in lines[3]
+    assert lines[3].startswith("unknown preset")
+    assert "'hgue'" in lines[3]
     assert '"accuracy": 100' in done.stdout
     assert lines[-1] == ""

@@ -113,7 +113,7 @@ class DataHandler(Handler):
 
 @contextlib.contextmanager
 def serve_data(folder: Path, name: str, token: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Serve a folder as a data set of a hub, private if a token is given. Yields the address, and the paths asked for."""
+    """Serve a folder as a data set of a hub, private with a token. Yields the address and the paths asked for."""
     asked: list[str] = []
     names = {"folder": folder, "name": name, "token": token, "asked": asked}
     with serving(type("Hub", (DataHandler,), names)) as address:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zlib
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ def picture(number: int, extension: str = "jpg") -> bytes:
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, FORMATS[extension])
     return content.getvalue()
+
+
+def damaged_png(png: bytes) -> bytes:
+    """A PNG with zeros among its packed pixels and a checksum that fits, so that only decoding shows the damage."""
+    at = png.index(b"IDAT")
+    end = at + 4 + int.from_bytes(png[at - 4 : at], "big")
+    packed = b"IDAT" + png[at + 4 : at + 10] + bytes(20) + png[at + 30 : end]
+    return png[:at] + packed + zlib.crc32(packed).to_bytes(4, "big") + png[end + 4 :]
 
 
 def sample(number: int) -> dict[str, Any]:
@@ -43,7 +52,7 @@ def write_tars(
             for number in range(tar * samples, (tar + 1) * samples):
                 one = sample(number)
                 if number in damaged:
-                    one["png"] = one["png"][:45] + bytes(20) + one["png"][65:]
+                    one["png"] = damaged_png(one["png"])
                 writer.write(one)
     return paths
 

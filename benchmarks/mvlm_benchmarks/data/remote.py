@@ -23,7 +23,7 @@ import sysconfig
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,18 @@ _WHOLE, _END = b"whole", b"end"  # marks between the parts of answers
 _SPAWN = multiprocessing.get_context("spawn")
 
 
-def write_tars(folder: Path, tars: int, samples: int) -> list[Path]:
-    """Tars of so many JPEGs each, with a `.txt`, as other tools write them."""
+def write_tars(
+    folder: Path, tars: int, samples: int, change: Callable[[int, bytes], bytes] = lambda i, image: image
+) -> list[Path]:
+    """Tars of so many JPEGs each, with a `.txt`, as other tools write them. `change` is of the number and the image."""
     build(folder / "built", tars * samples)
     dataset, paths = open_dataset(folder / "built", "train"), []
     for number in range(tars):
         paths.append(folder / f"{number:05d}.tar")
         with tarfile.open(paths[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(number * samples, (number + 1) * samples):
-                for extension, content in (("jpg", dataset.image_bytes(i)), ("txt", dataset.captions(i)[0].encode())):
+                image = change(i, dataset.image_bytes(i))
+                for extension, content in (("jpg", image), ("txt", dataset.captions(i)[0].encode())):
                     path = folder / f"{i:09d}.{extension}"
                     path.write_bytes(content)
                     tar.add(path, path.name)

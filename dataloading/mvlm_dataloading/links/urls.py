@@ -118,7 +118,7 @@ def _below(word: str) -> Iterator[str]:
         store.close()
     if not names:
         raise DataError(
-            f"{word}: wanted tars or Parquet files, found none below it; of the hub's own Parquet files the revision is "
-            "@~parquet, as in hf://datasets/OWNER/NAME@~parquet"
+            f"{word}: wanted tars or Parquet files, found none below it; name the hub's own Parquet files, as in "
+            "hf://datasets/OWNER/NAME@~parquet"
         )
     yield from (f"{place}/{name}" for name in names)

@@ -13,7 +13,7 @@ import pytest
 from mvlm_dataloading import DataError, Dataset, ViewOptions, make_view, open_dataset
 from mvlm_dataloading.links import store
 from mvlm_dataloading.links.captions import parse_captions_option
-from mvlm_dataloading.loader import ring
+from mvlm_dataloading.loader import ring, segment
 from mvlm_dataloading.loader.lanes import LaneOrder
 from mvlm_dataloading.loader.resume import lanes_of
 from mvlm_dataloading.loader.sampler import SampleOrder, substitute_sample
@@ -147,6 +147,24 @@ def test_substitutes_of_damaged_images_are_the_same_on_all_ranks(tmp_path, caplo
     ]
     assert found[1] == found[2] == wanted
     assert "cannot be decoded" in caplog.text
+
+
+def test_a_damaged_image_costs_one_more_pipeline(tmp_path, monkeypatch):
+    """Of few samples, so that the batch goes on soon: it is found by DALI's word, not by a search."""
+    dataset = linked(tmp_path, list(map(str, write_tars(tmp_path / "tars", TARS, SAMPLES, damaged={1, 41, 69}))))
+    built, own = [], segment.build_pipeline
+
+    def build_pipeline(*arguments, **settings):
+        built.append(len(arguments[1]))
+        return own(*arguments, **settings)
+
+    monkeypatch.setattr(segment, "build_pipeline", build_pipeline)
+    loader = make_loader(dataset, wave_tokenizer(), batch_size=16)
+    take(loader, 12)
+    assert loader.skipped == 3
+    loader.close()
+    assert len(built) <= 4
+    assert max(built) <= 16 * 16
 
 
 def test_many_ranges_are_in_flight(tars, monkeypatch):

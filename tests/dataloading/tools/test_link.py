@@ -23,7 +23,9 @@ from mvlm_dataloading import (
     open_dataset,
     rebuild_indices,
 )
+from mvlm_dataloading.images.dali_decoder import ImageDecoder
 from mvlm_dataloading.links.captions import parse_captions_option
+from mvlm_dataloading.links.scan import image_fault
 from mvlm_dataloading.tools import link as module
 from mvlm_dataloading.tools.check import contact_sheet, findings_table
 from mvlm_dataloading.tools.link import LinkOptions, link_files, merge_links
@@ -215,6 +217,19 @@ def test_samples_that_are_left_out(tmp_path: Path) -> None:
     assert found["rejected"]["no caption"] == 2
     with pytest.raises(DataError, match=r"none \(.*the samples have .*txt"):
         link(tmp_path / "a.tar", tmp_path / "none", "json:caption")
+
+
+def test_pngs_whose_checksums_tell_of_damage(tmp_path: Path) -> None:
+    """The decoder refuses what is left out."""
+    png = picture(1, "png")
+    decoder, taken = ImageDecoder(None), {}
+    for at in range(33, len(png) - 12):
+        content = bytes((*png[:at], png[at] ^ 4, *png[at + 1 :]))
+        taken[at] = image_fault(content) is None
+        if not taken[at]:
+            assert isinstance(next(decoder([content])), str)
+    assert not taken[png.index(b"IDAT") + 20]
+    assert image_fault(png) is None
 
 
 def test_a_tar_that_was_cut(tars: Path, tmp_path: Path, caplog) -> None:
