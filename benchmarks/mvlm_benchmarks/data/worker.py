@@ -163,7 +163,9 @@ def _webdataset(data: Path, decode: Callable, transform: Callable, batch: int, w
     tars = [str(tar) for tar in dataset.tars] if dataset.links is None else [one["tar"] for one in dataset.shards]
     tars *= workers if len(tars) < workers else 1
     if is_remote(data):
-        import_module("webdataset.gopen").gopen_schemes["s3"] = _open_s3  # by default it starts `aws s3 cp`, a process for each tar
+        import_module("webdataset.gopen").gopen_schemes["s3"] = (
+            _open_s3  # by default it starts `aws s3 cp`, a process for each tar
+        )
     samples = (
         webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0, empty_check=False)
         .shuffle(1000)
@@ -180,7 +182,7 @@ def _open_s3(url: str, mode: str, bufsize: int, **kwargs: Any) -> Any:
 
 
 def litdata(data: Path, recipe: str, batch: int, size: int, threads: int) -> Batches:
-    """Of the chunks beside a remote index, in the folder `litdata`."""
+    """Batches of the chunks beside a remote index, in the folder `litdata`."""
     peer = _peer("litdata", data)
     # Its fast client refuses endpoints without TLS, and has no setting for that.
     import_module("litdata.streaming.downloader")._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"
@@ -194,7 +196,7 @@ def litdata(data: Path, recipe: str, batch: int, size: int, threads: int) -> Bat
 
 
 def mosaicml_streaming(data: Path, recipe: str, batch: int, size: int, threads: int) -> Batches:
-    """Of the shards beside a remote index, in the folder `mds`."""
+    """Batches of the shards beside a remote index, in the folder `mds`."""
     peer = _peer("streaming", data)
     transform, base = _tensor_transform(recipe, size), peer.StreamingDataset
 

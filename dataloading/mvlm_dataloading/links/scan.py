@@ -71,7 +71,10 @@ class Scan:
         """Append a usable sample."""
         name = key.encode("utf-8", "surrogateescape")
         self.keys += name[-(SAMPLE_BYTES - 4 * self.columns) :]
-        self.numbers.extend((image, size, *chain.from_iterable(texts), len(self.keys)))
+        if len(texts) == 1:
+            self.numbers.extend((image, size, *texts[0], len(self.keys)))
+        else:
+            self.numbers.extend((image, size, *chain.from_iterable(texts), len(self.keys)))
         self.captions += captions
 
     @property
