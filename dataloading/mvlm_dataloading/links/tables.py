@@ -91,6 +91,7 @@ def scan_table(store: RangeStore, linked: LinkedFile, options: ScanOptions) -> S
     """Scan a Parquet file. Raises DataError as `open_table`, and for a row group that is damaged or too large."""
     found = Scan(columns_of(options.captions))
     table = open_table(store, linked, options.captions, options.image)
+    _require_readable(store, table)
     texts = [NO_TEXT] * len(options.captions.files)
     groups = range(len(table.first) - 1)
     for group, rows in zip(groups, read_groups(store, table, groups), strict=True):
@@ -106,6 +107,24 @@ def scan_table(store: RangeStore, linked: LinkedFile, options: ScanOptions) -> S
         if len(found.numbers) > before:
             found.groups.append((len(found.numbers) - before) // found.columns)
     return found
+
+
+def _require_readable(store: RangeStore, table: Table) -> None:
+    """Raise DataError for encrypted columns.
+
+    NOTE: pyarrow ends the process if it is asked where such a column is. Reading a row first gives an error.
+    """
+    parquet, reader = need("pyarrow.parquet"), need("pyarrow").PythonFile(_Reader(store, table.linked), mode="r")
+    try:
+        file = parquet.ParquetFile(reader, metadata=table.metadata, pre_buffer=False, buffer_size=1 << 16)
+        columns = [table.image, *table.captions]
+        next(file.iter_batches(1, row_groups=[0], columns=columns, use_threads=False), None) if table.first[
+            1:
+        ] else None
+    except DataError:
+        raise
+    except Exception:  # pyarrow's errors are of many kinds
+        raise _refused(table.linked, "encrypted columns, or a damaged row group 0") from None
 
 
 def read_groups(store: RangeStore, table: Table, groups: Iterable[int], *, images: bool = True) -> Iterator[Rows]:
