@@ -239,8 +239,9 @@ class AskedRows:
         first, found = self._group.result()
         if not first <= min(self._numbers) <= max(self._numbers) < first + len(found):
             raise DataError(f"{self._linked.url}: wanted the row groups that were linked, found others; link again")
-        places = zip(self._rows, self._numbers, strict=True)
-        return [_sample(int(row), *found[number - first], self._captions) for row, number in places]
+        wanted = [found[number - first] for number in self._numbers]
+        pairs = zip(self._rows, wanted, strict=True)
+        return [_sample(int(row), image, values, self._captions) for row, (image, values) in pairs]
 
     def cancel(self) -> None:
         """Give up the row group if it is not being read yet."""

@@ -38,6 +38,8 @@ from mvlm_dataloading.urls import WEB, is_remote, normal_url, with_credentials
 
 ATTEMPTS = 5
 """Attempts at a range. The pauses between them are `folders.FIRST_PAUSE_S`, doubled each time, times 0.5 to 1.5."""
+OUTAGE_ATTEMPTS = 9
+"""Attempts at a range of a store that cannot be reached any more, over some two minutes."""
 MOST_BYTES = 256 << 20
 """Longest range."""
 REQUEST_S = 300
@@ -45,6 +47,7 @@ REQUEST_S = 300
 PART_BYTES = 8 << 20
 """Bytes of a range of `SequentialFile`."""
 
+_NO_CONNECTION = "no connection"
 _STATUS = re.compile(r"status code: (\d{3})")
 _KIND = re.compile(r"kind: (Connect|Timeout)\b")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -149,7 +152,7 @@ class RangeStore:
                 raise _AnswerError(0, f"{len(content)} of {end - begin} bytes")
             return content
 
-        return _attempt(file.url, read)
+        return _attempt(file.url, read, OUTAGE_ATTEMPTS)
 
     def submit(self, file: LinkedFile, begin: int, end: int) -> "Future[memoryview]":
         """`read` on a thread of the store. The future has its result or its error."""
@@ -244,10 +247,14 @@ def _reader_of(url: str) -> _Reader:
         ) from None
 
 
-def _attempt(place: str, action: Callable[[], Any]) -> Any:
-    """Result of an action, which is repeated after errors that may pass. DataError when it fails for good."""
-    began, found = time.monotonic(), ""
-    for attempt in range(ATTEMPTS):
+def _attempt(place: str, action: Callable[[], Any], without_connection: int = ATTEMPTS) -> Any:
+    """Result of an action, which is repeated after errors that may pass. DataError when it fails for good.
+
+    Args:
+        without_connection: attempts if the last one found no connection.
+    """
+    began, found, attempt = time.monotonic(), "", -1
+    while (attempt := attempt + 1) < (without_connection if found == _NO_CONNECTION else ATTEMPTS):
         if attempt:
             if time.monotonic() - began > folders.STALLED_S:
                 break
@@ -259,7 +266,7 @@ def _attempt(place: str, action: Callable[[], Any]) -> Any:
         except Exception as error:  # each package has its own exceptions
             found = _judge(place, error)
     raise DataError(
-        f"{place}: wanted its bytes, found that {attempt + 1} attempts failed, the last with {found}; try again later, "
+        f"{place}: wanted its bytes, found that {attempt} attempts failed, the last with {found}; try again later, "
         "or check the URL"
     )
 
@@ -297,9 +304,9 @@ def _judge(place: str, error: Exception) -> str:
     elif isinstance(error, TimeoutError):
         found = "no answer in time"
     elif kind := _KIND.search(str(error)):
-        found = "no connection" if kind[1] == "Connect" else "no answer in time"
+        found = _NO_CONNECTION if kind[1] == "Connect" else "no answer in time"
     elif isinstance(error, OSError) and error.errno in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH):
-        found = "no connection"
+        found = _NO_CONNECTION
     return found
 
 
