@@ -97,6 +97,7 @@ def data(
     batches: int = 8,
     batch: int = 64,
     size: int = 224,
+    threads: int = 2,
     soak: int = 0,
     start: int = 0,
     step: Path | None = None,
@@ -106,14 +107,17 @@ def data(
     """Time the data loader against other loaders on the same shards, without a model.
 
     Args:
-        data: Folder of shards. Default: data/photos, of scikit-image's and scikit-learn's photographs, which is built.
+        data: Folder of shards, or URL of an index of linked tars, with what `python -m mvlm_benchmarks.data.peers` puts
+            beside it. Default: data/photos, of scikit-image's and scikit-learn's photographs, which is built.
         images: Images of the photographs, if they are built.
-        contenders: ours, ours+kept, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg. Default: all.
+        contenders: ours, ours+kept, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg, litdata,
+            mosaicml-streaming. Default: all.
         recipes: crop, crop+randaug. Default: both.
         rounds: Rounds. Each contender has one turn per round.
         batches: Batches per turn.
         batch: Images per batch.
         size: Side of the resized images in pixels.
+        threads: Threads, or workers, of each contender.
         soak: Samples to load while memory is recorded. 0: no soak.
         start: Samples in a made-up index, to time the first batch of a large data set. 0: not timed.
         step: JSON file of `mvlm bench step`, to compare the loader's speed with the step's.
@@ -124,7 +128,7 @@ def data(
     _check_outputs(folder=out, json=json)
     from mvlm_benchmarks.data import run as bench
 
-    turns = (rounds, batches, batch, size)
+    turns = (rounds, batches, batch, size, threads)
     for path in bench.run(data, images, out, contenders, recipes, *turns, soak, start, step, json):
         print(path)
 

@@ -45,7 +45,9 @@ def clean_line(text: str) -> str:
 
     White space and control characters become single blanks; marks of text direction are removed.
     """
-    return " ".join(_CONTROL.sub(" ", _BIDI.sub("", text)).split())
+    if not (text.isascii() and text.isprintable()):
+        text = _CONTROL.sub(" ", _BIDI.sub("", text))
+    return " ".join(text.split())
 
 
 def same_words(text: str) -> str:
@@ -93,6 +95,8 @@ def is_visible(text: str) -> bool:
     that this Python's Unicode does not know, such as a newer emoji, is visible: a build must not depend on the version
     of Python.
     """
+    if text[:1].isalnum():  # as nearly always
+        return True
     kinds = (unicodedata.category(character) for character in text if character != "\ufffd")
     return any(kind[0] not in "MZ" and kind not in ("Cc", "Cf", "Co", "Cs") for kind in kinds)
 

@@ -1,8 +1,11 @@
 """Remote data through local servers, from opening to batches: object stores, the hub and a web server."""
 
 import itertools
+import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,8 +13,10 @@ import torch
 from mvlm_dataloading import DataError, Loader, open_dataset
 from mvlm_dataloading.dataset.folders import RemoteFolder
 from mvlm_dataloading.loader import reader, sampler
+from support.commands import MICRO_FLAGS
 from support.data import limit_cache, tree_bytes
-from support.hub import serve_hub
+from support.hub import COMMIT, serve_data, serve_hub
+from support.linked import write_table, write_tars
 from support.object_store import serve_gcs, serve_s3
 from support.web_server import FolderHandler, serve
 
@@ -60,6 +65,52 @@ def test_the_hugging_face_hub_serves_a_data_set(served, data_cache, waves_tokeni
     with serve_hub(served, "owner/pairs") as asked:
         assert_served("hf://datasets/owner/pairs", served, data_cache, waves_tokenizer)
         assert any("resolve" in path for path in asked)
+
+
+@pytest.mark.extended
+def test_a_private_data_set_of_the_hub_is_linked_and_trained_on(tmp_path):
+    """By commands, with a token in the environment, which no file and no line has; and what is said without it."""
+    for name in ("test-0.parquet", "train-0.parquet"):
+        write_table(tmp_path / "hub" / "data" / name, range(40), by_datasets=True)
+    write_tars(tmp_path / "hub" / "train", 1, 24)
+    (tmp_path / "hub" / "README.md").write_text("about them")
+    token, out, lines = "hf_secretsecretsecret", tmp_path / "out", []
+
+    def mvlm(address: str, token: str, *words: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HOME": str(out / "home")}
+        environment |= {"MVLM_CACHE": str(out / "cache"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "mvlm", *words]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+    with serve_data(tmp_path / "hub", "them/theirs", token) as (address, _):
+        link = ("data", "link", "hf://datasets/them/theirs", str(out / "data"), "--caption", "caption,txt")
+        train = ("pretrain", "tiny", "--data", str(out / "data"), "--out", str(out / "run"), *MICRO_FLAGS)
+        for words in (link, train):
+            done = mvlm(address, token, *words)
+            assert done.returncode == 0, done.stderr
+            lines += [done.stdout, done.stderr]
+        urls = {
+            split: [shard["tar"] for shard in part["shards"]]
+            for split, part in json.loads((out / "data" / "dataset.json").read_text())["splits"].items()
+        }
+        place = f"hf://datasets/them/theirs@{COMMIT}"
+        assert urls == {
+            "test": [f"{place}/data/test-0.parquet"],
+            "train": [f"{place}/data/train-0.parquet", f"{place}/train/00000.tar"],
+        }
+        refused = mvlm(address, "hf_anotherother", *link[:3], str(out / "other"))
+        assert refused.returncode == 2
+        assert "denied (status 401)" in refused.stderr
+        missing = mvlm(address, token, "data", "link", "hf://datasets/them/theirs/none.tar", str(out / "other"))
+        assert missing.returncode == 2
+        assert "status 404" in missing.stderr
+        for one in (refused, missing):
+            assert one.stderr.count("\n") == 1
+            lines += [one.stdout, one.stderr]
+    assert not any("hf_" in line for line in lines)
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert len(written) > 5
+    assert not any(token.encode() in path.read_bytes() for path in written)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec.config
 
+from mvlm_dataloading.links import store
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -60,15 +62,28 @@ class DataHandler(Handler):
 
     folder: ClassVar[Path]
     name: ClassVar[str]
+    token: ClassVar[str]
     asked: ClassVar[list[str]]
+
+    def refuses(self) -> bool:
+        """Note the request, and refuse it without the token of a private data set."""
+        self.asked.append(unquote(urlsplit(self.path).path))
+        if refused := self.token != "" and self.headers.get("Authorization") != f"Bearer {self.token}":
+            self.send({"error": "Invalid username or password."}, 401)
+        return refused
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.asked.append(path)
+        if self.refuses():
+            return None
         if re.fullmatch(rf"/api/datasets/{self.name}(?:/revision/\w+)?", path):
             return self.send({"id": self.name, "sha": COMMIT, "siblings": [], "tags": [], "private": False})
-        if path.startswith(f"/api/datasets/{self.name}/tree/"):
-            return self.send([self._entry(file) for file in sorted(self.folder.iterdir())])
+        if found := re.fullmatch(rf"/api/datasets/{self.name}/tree/\w+/?(.*)", path):
+            inside = self.folder / found[1]
+            if not inside.is_dir():
+                return self.send(b"", 404)
+            deep = parse_qs(urlsplit(self.path).query).get("recursive") == ["true"]
+            return self.send([self._entry(file) for file in sorted(inside.rglob("*") if deep else inside.iterdir())])
         found = re.fullmatch(rf"/datasets/{self.name}/resolve/\w+/(.+)", path)
         if found and (self.folder / found[1]).is_file():
             content = (self.folder / found[1]).read_bytes()
@@ -81,28 +96,39 @@ class DataHandler(Handler):
 
     def do_POST(self) -> None:
         path = urlsplit(self.path).path
-        self.asked.append(path)
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.refuses():
+            return None
         names = parse_qs(content.decode()).get("paths", [])
         if not path.startswith(f"/api/datasets/{self.name}/paths-info/"):
             return self.send(b"", 404)
         return self.send([self._entry(self.folder / n) for n in names if n and (self.folder / n).is_file()])
 
     def _entry(self, file: Path) -> dict[str, Any]:
-        content = file.read_bytes()
+        content = file.read_bytes() if file.is_file() else b""
         digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        return {"type": "file", "path": file.name, "size": len(content), "oid": digest}
+        kind = {"type": "file", "size": len(content)} if file.is_file() else {"type": "directory"}
+        return {**kind, "path": str(file.relative_to(self.folder)), "oid": digest}
 
 
 @contextlib.contextmanager
-def serve_hub(folder: Path, name: str) -> Iterator[list[str]]:
-    """Serve a folder as a data set of the hub that fsspec's configuration names. Yields the paths asked for."""
+def serve_data(folder: Path, name: str, token: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Serve a folder as a data set of a hub, private with a token. Yields the address and the paths asked for."""
+    asked: list[str] = []
+    names = {"folder": folder, "name": name, "token": token, "asked": asked}
+    with serving(type("Hub", (DataHandler,), names)) as address:
+        yield address, asked
+
+
+@contextlib.contextmanager
+def serve_hub(folder: Path, name: str, token: str = "") -> Iterator[list[str]]:
+    """`serve_data` as the hub that fsspec's configuration names, without a token. Yields the paths asked for."""
     from huggingface_hub import HfFileSystem
 
-    asked: list[str] = []
-    with serving(type("Hub", (DataHandler,), {"folder": folder, "name": name, "asked": asked})) as address:
+    with serve_data(folder, name, token) as (address, asked):
         try:
             with patch.dict(fsspec.config.conf, {"hf": {"endpoint": address, "token": False}}):
                 yield asked
         finally:
             HfFileSystem.clear_instance_cache()
+            store._hub_reader.cache_clear()

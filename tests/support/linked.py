@@ -2,6 +2,7 @@
 
 import io
 import json
+import zlib
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ def picture(number: int, extension: str = "jpg") -> bytes:
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, FORMATS[extension])
     return content.getvalue()
+
+
+def damaged_png(png: bytes) -> bytes:
+    """A PNG with zeros among its packed pixels and a checksum that fits, so that only decoding shows the damage."""
+    at = png.index(b"IDAT")
+    end = at + 4 + int.from_bytes(png[at - 4 : at], "big")
+    packed = b"IDAT" + png[at + 4 : at + 10] + bytes(20) + png[at + 30 : end]
+    return png[:at] + packed + zlib.crc32(packed).to_bytes(4, "big") + png[end + 4 :]
 
 
 def sample(number: int) -> dict[str, Any]:
@@ -43,13 +52,16 @@ def write_tars(
             for number in range(tar * samples, (tar + 1) * samples):
                 one = sample(number)
                 if number in damaged:
-                    one["png"] = one["png"][:45] + bytes(20) + one["png"][65:]
+                    one["png"] = damaged_png(one["png"])
                 writer.write(one)
     return paths
 
 
-def write_table(path: Path, numbers: range, *, by_datasets: bool) -> Path:
-    """A Parquet file of images and captions: by `datasets`, a struct of bytes and path; by pyarrow, bytes."""
+def write_table(path: Path, numbers: range, *, by_datasets: bool, group: int = 7) -> Path:
+    """A Parquet file of images and captions: by `datasets`, a struct of bytes and path; by pyarrow, bytes.
+
+    `group` rows are a row group.
+    """
     captions = [f"text {number}" for number in numbers]
     others = [[f"re {number} a", f"re {number} b"] for number in numbers]
     images = [picture(number, list(FORMATS)[number % 4]) for number in numbers]
@@ -60,10 +72,10 @@ def write_table(path: Path, numbers: range, *, by_datasets: bool) -> Path:
         features = datasets.Features(
             image=datasets.Image(), caption=datasets.Value("string"), others=datasets.List(datasets.Value("string"))
         )
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path), batch_size=7)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path), batch_size=group)
     else:
         arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         info = [json.dumps({"caption": text}) for text in captions]
         table = arrow.table({"image": images, "caption": captions, "others": others, "info": info})
-        parquet.write_table(table, path, row_group_size=7, compression="zstd")
+        parquet.write_table(table, path, row_group_size=group, compression="zstd")
     return path

@@ -14,10 +14,11 @@ from typing import Any
 class LoaderProcess:
     """A contender: a process that runs `worker`. It is stopped and continued together with its own workers."""
 
-    def __init__(self, name: str, recipe: str, data: Path, batch: int, size: int) -> None:
+    def __init__(self, name: str, recipe: str, data: Path, batch: int, size: int, threads: int = 2) -> None:
         """Start the process, wait for its first batch and stop it. `status` and `note` describe a failure."""
         self.name, self.recipe, self.batch = name, recipe, batch
-        command = [sys.executable, "-m", "mvlm_benchmarks.data.worker", name, recipe, str(data), str(batch), str(size)]
+        numbers = map(str, (batch, size, threads))
+        command = [sys.executable, "-m", "mvlm_benchmarks.data.worker", name, recipe, str(data), *numbers]
         # start_new_session gives the loader and its workers one process group, so one signal stops all of them.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,

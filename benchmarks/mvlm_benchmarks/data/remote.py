@@ -23,7 +23,7 @@ import sysconfig
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,18 @@ _WHOLE, _END = b"whole", b"end"  # marks between the parts of answers
 _SPAWN = multiprocessing.get_context("spawn")
 
 
-def write_tars(folder: Path, tars: int, samples: int) -> list[Path]:
-    """Tars of so many JPEGs each, with a `.txt`, as other tools write them."""
+def write_tars(
+    folder: Path, tars: int, samples: int, change: Callable[[int, bytes], bytes] = lambda i, image: image
+) -> list[Path]:
+    """Tars of so many JPEGs each, with a `.txt`, as other tools write them. `change` is of the number and the image."""
     build(folder / "built", tars * samples)
     dataset, paths = open_dataset(folder / "built", "train"), []
     for number in range(tars):
         paths.append(folder / f"{number:05d}.tar")
         with tarfile.open(paths[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(number * samples, (number + 1) * samples):
-                for extension, content in (("jpg", dataset.image_bytes(i)), ("txt", dataset.captions(i)[0].encode())):
+                image = change(i, dataset.image_bytes(i))
+                for extension, content in (("jpg", image), ("txt", dataset.captions(i)[0].encode())):
                     path = folder / f"{i:09d}.{extension}"
                     path.write_bytes(content)
                     tar.add(path, path.name)
@@ -223,54 +226,66 @@ def measure(work: Path, tars: int, samples: int, steps: int, step_s: float, dela
     (work / "tars").mkdir()
     paths = write_tars(work / "tars", tars, samples)
     size = sum(path.stat().st_size for path in paths)
+    with stored(work, paths, delay) as (_, sent, most):
+        began = time.perf_counter()
+        url = f"s3://{BUCKET}/{{00000..{tars - 1:05d}}}.tar"
+        link_files([url], work / "linked", LinkOptions(parse_captions_option("txt")), workers=1)
+        found: dict[str, Any] = {"tars": tars, "data_MB": round(size / 1e6, 1), "delay_ms": 1000 * delay}
+        found["link_s"] = round(time.perf_counter() - began, 1)
+        run = partial(Run, work / "linked", step_s=step_s, sent=sent)
+        whole = hashes_of(run(work / "whole", 1, steps, state=None, step_s=0.0).rows())
+        killed = run(work / "killed", 2, steps, state=None)
+        at = killed.kill_after(steps // 2 // STATE_EVERY * STATE_EVERY)
+        state = json.loads((killed.out / f"0-{at}.json").read_text())
+        found |= {"killed_after": at, "ranks": []}
+        for ranks in (1, 2, 4):
+            most.value = 0
+            rows = run(work / f"on-{ranks}", ranks, steps, state=state).rows()
+            own = hashes_of(rows)
+            equal = own == {step: one for step, one in whole.items() if step > at}
+            waits = [[line["wait_s"] for line in lines[2:]] for lines in rows]
+            share = max(sum(one) / (sum(one) + step_s * len(one)) for one in waits)
+            # Between two batches an epoch apart as much is read ahead, so that the difference is one epoch's.
+            last = rows[0][-1 - tars * samples // BATCH :]
+            read = (last[-1]["sent"] - last[0]["sent"]) / ((len(last) - 1) * BATCH) * tars * samples / size
+            found["ranks"].append(
+                {"ranks": ranks, "equal": equal, "steps": len(own), "wait_share": round(share, 4)}
+                | {"in_flight": most.value, "read_per_epoch": round(read, 3)}
+            )
+    return found
+
+
+@contextlib.contextmanager
+def stored(work: Path, paths: list[Path], delay: float) -> Iterator[tuple[int, Any, Any]]:
+    """A context in which a store behind a `DelayProxy`, named by the environment, has some files in its bucket.
+
+    Yields the store's own port, and the proxy's counts: bytes sent, and most requests at a time.
+    """
     (work / "store").mkdir()
     with serve(work / "store") as target:
         port, sent, most = _free_port(), _SPAWN.Value("q", 0), _SPAWN.Value("q", 0)
         environment = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "1"}
         os.environ.update(KEYS | environment | {"MVLM_CACHE": str(work / "cache")})
-        _upload(target, paths)
+        upload(target, paths)
         proxy = _SPAWN.Process(target=DelayProxy(port, target, delay, sent, most).run, daemon=True)
         proxy.start()
         os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
         try:
-            began = time.perf_counter()
-            url = f"s3://{BUCKET}/{{00000..{tars - 1:05d}}}.tar"
-            link_files([url], work / "linked", LinkOptions(parse_captions_option("txt")), workers=1)
-            found: dict[str, Any] = {"tars": tars, "data_MB": round(size / 1e6, 1), "delay_ms": 1000 * delay}
-            found["link_s"] = round(time.perf_counter() - began, 1)
-            run = partial(Run, work / "linked", step_s=step_s, sent=sent)
-            whole = hashes_of(run(work / "whole", 1, steps, state=None, step_s=0.0).rows())
-            killed = run(work / "killed", 2, steps, state=None)
-            at = killed.kill_after(steps // 2 // STATE_EVERY * STATE_EVERY)
-            state = json.loads((killed.out / f"0-{at}.json").read_text())
-            found |= {"killed_after": at, "ranks": []}
-            for ranks in (1, 2, 4):
-                most.value = 0
-                rows = run(work / f"on-{ranks}", ranks, steps, state=state).rows()
-                own = hashes_of(rows)
-                equal = own == {step: one for step, one in whole.items() if step > at}
-                waits = [[line["wait_s"] for line in lines[2:]] for lines in rows]
-                share = max(sum(one) / (sum(one) + step_s * len(one)) for one in waits)
-                # Between two batches an epoch apart as much is read ahead, so that the difference is one epoch's.
-                last = rows[0][-1 - tars * samples // BATCH :]
-                read = (last[-1]["sent"] - last[0]["sent"]) / ((len(last) - 1) * BATCH) * tars * samples / size
-                found["ranks"].append(
-                    {"ranks": ranks, "equal": equal, "steps": len(own), "wait_share": round(share, 4)}
-                    | {"in_flight": most.value, "read_per_epoch": round(read, 3)}
-                )
+            yield target, sent, most
         finally:
             proxy.kill()
             proxy.join()
-    return found
 
 
-def _upload(port: int, paths: list[Path]) -> None:
+def upload(port: int, paths: list[Path], prefix: str = "") -> None:
+    """Put files into the bucket of the store at a port, which without a prefix is made once the store is up."""
     import boto3
 
     client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
     for attempt in range(600):
         try:
-            client.create_bucket(Bucket=BUCKET)
+            if not prefix:
+                client.create_bucket(Bucket=BUCKET)
             client.put_object(Bucket=BUCKET, Key="ready", Body=b"ready")
             break
         except Exception:  # not up yet
@@ -278,7 +293,7 @@ def _upload(port: int, paths: list[Path]) -> None:
                 raise
             time.sleep(0.1)
     for path in paths:
-        client.put_object(Bucket=BUCKET, Key=path.name, Body=path.read_bytes())
+        client.put_object(Bucket=BUCKET, Key=f"{prefix}{path.name}", Body=path.read_bytes())
 
 
 def _free_port() -> int:

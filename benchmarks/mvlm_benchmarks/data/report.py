@@ -10,6 +10,7 @@ Row = dict[str, Any]
 COLUMNS = (
     "data", "recipe", "contender", "status", "note", "images_per_s", "images_per_s_best", "images_per_s_worst",
     "ours_over", "ours_over_low", "ours_over_high", "cpu_ms", "ours_over_cpu", "rounds", "batches", "batch", "size",
+    "threads",
     *MACHINE_COLUMNS,
 )  # fmt: skip
 

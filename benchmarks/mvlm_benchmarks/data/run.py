@@ -34,8 +34,18 @@ from mvlm_benchmarks.data.stages import STAGES
 from mvlm_benchmarks.data.worker import CONTENDERS, RECIPES
 from mvlm_benchmarks.results import heading
 from mvlm_dataloading import open_dataset
+from mvlm_dataloading.urls import is_remote
 
-PACKAGES = ["nvidia-dali-cuda130", "pillow", "torchvision", "webdataset", "simplejpeg", "numpy"]
+PACKAGES = [
+    "nvidia-dali-cuda130",
+    "pillow",
+    "torchvision",
+    "webdataset",
+    "simplejpeg",
+    "litdata",
+    "mosaicml-streaming",
+    "numpy",
+]
 PHOTOS = Path("data/photos")
 """Data set that is timed if none is named."""
 WARM_UP = 10
@@ -57,6 +67,7 @@ def run(
     batches: int = 8,
     batch: int = 64,
     size: int = 224,
+    threads: int = 2,
     soak_samples: int = 0,
     start_up_samples: int = 0,
     step: Path | None = None,
@@ -70,7 +81,7 @@ def run(
     """
     names = choose("contenders", contenders, CONTENDERS)
     recipes = choose("recipes", recipes, RECIPES)
-    settings = {"rounds": rounds, "batches": batches, "batch": batch, "size": size}
+    settings = {"rounds": rounds, "batches": batches, "batch": batch, "size": size, "threads": threads}
     for option, value in (*settings.items(), ("images", images)):
         if value < 1:
             raise ConfigError(f"{option}: wanted at least 1, got {value}")
@@ -79,14 +90,17 @@ def run(
     images = len(open_dataset(data, "train"))
     if batch > images:
         raise ConfigError(f"batch: wanted at most {images}, the images of {data}, got {batch}")
-    about = machine.describe("cpu", PACKAGES) | {"figures": f"loader only, no model, {os.cpu_count()} cores"}
+    about = machine.describe("cpu", PACKAGES) | {
+        "figures": f"loader only, no model, {threads} threads each, {os.cpu_count()} cores"
+    }
     print(heading(about))
     rows, stages = [], {}
     for recipe in recipes:
         rows += measure_recipe(names, recipe, data, settings)
         print(table(rows, recipe), flush=True)
-        stages[recipe] = _measure_stages(recipe, data, settings)
-        print(stage_table(stages[recipe]), flush=True)
+        if not is_remote(data):  # its stages are those of a local folder
+            stages[recipe] = _measure_stages(recipe, data, settings)
+            print(stage_table(stages[recipe]), flush=True)
         write(rows, stages, {}, about, out, data, json_file)  # what follows may be interrupted
     others: dict[str, dict[str, Any]] = {}
     if step_rate is not None and "ours" in names:
@@ -114,7 +128,7 @@ def _photographs(images: int) -> Path:
 
 
 def measure_recipe(names: Sequence[str], recipe: str, data: Path, settings: dict[str, int]) -> list[Row]:
-    """Measure the named contenders in rounds. Returns a row for each. settings: rounds, batches, batch, size."""
+    """Measure the named contenders in rounds. Returns a row for each. `settings` as of `run`."""
     with _started(names, recipe, data, settings) as contenders:
         run_rounds(contenders, settings)
         ours = next((c for c in contenders if c.name == "ours" and c.status == "ok"), None)
@@ -131,7 +145,9 @@ def _started(names: Sequence[str], recipe: str, data: Path, settings: dict[str, 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in names:
-            contenders.append(LoaderProcess(name, recipe, data, settings["batch"], settings["size"]))
+            contenders.append(
+                LoaderProcess(name, recipe, data, settings["batch"], settings["size"], settings["threads"])
+            )
         yield contenders
     finally:
         for contender in contenders:

@@ -25,24 +25,23 @@ from mvlm_dataloading.loader.sampler import SampleOrder
 from mvlm_dataloading.randomness import Purpose, uniforms
 
 STAGES = ("read", "decode", "resize", "augment", "hand-over")
-THREADS = 2
 
 
-def our_loader(data: Path, recipe: str, batch: int, size: int, keep_mb: int = 0) -> Loader:
-    """Our loader as it is measured: captions of at most 40 tokens, and THREADS threads."""
+def our_loader(data: Path, recipe: str, batch: int, size: int, threads: int, keep_mb: int = 0) -> Loader:
+    """Our loader as it is measured: captions of at most 40 tokens."""
     dataset = open_dataset(data, "train")
-    tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)
+    tokenizer = train_tokenizer([one[0] for one in dataset.captions_of(range(min(len(dataset), 1000)))], 1000)
     return Loader(
         dataset, tokenizer, batch_size=batch, image_size=size, text_length=40, seed=0,
         augment=Augment(operations=2 if recipe == "crop+randaug" else 0),
-        work=LoaderWork(num_threads=THREADS, keep_mb=keep_mb),
+        work=LoaderWork(num_threads=threads, keep_mb=keep_mb),
     )  # fmt: skip
 
 
-def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) -> Iterator[Any]:
+def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int, threads: int) -> Iterator[Any]:
     """Yield endless results of the loader up to and including `stage`."""
     if stage == "hand-over":
-        yield from our_loader(data, recipe, batch, size)
+        yield from our_loader(data, recipe, batch, size, threads)
         return
     dataset = open_dataset(data, "train")
     augment = Augment(operations=2 if recipe == "crop+randaug" else 0)
@@ -62,24 +61,26 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
             lambda k: crop_uniforms[rows(k)],
             CropGeometry(image_size=size),
             batch_size=batch,
-            num_threads=THREADS,
+            num_threads=threads,
             file_ends=FileEnds(),
             augment=None if augment.is_identity else lambda k: drawn.rows(rows(k)),
         )
     else:
         with index_views(dataset, ids) as (tars, indices):
-            pipeline = _partial_pipeline(stage, tars, indices, lambda k: crop_uniforms[rows(k)], batch, size)
+            pipeline = _partial_pipeline(stage, tars, indices, lambda k: crop_uniforms[rows(k)], batch, size, threads)
     while True:
         yield pipeline.run()
 
 
-def _partial_pipeline(stage: str, tars: list[str], indices: list[str], draws: Any, batch: int, size: int) -> Any:
+def _partial_pipeline(
+    stage: str, tars: list[str], indices: list[str], draws: Any, batch: int, size: int, threads: int
+) -> Any:
     import nvidia.dali as dali
 
     fn: Any = dali.fn
     types: Any = dali.types
     make: Any = dali.pipeline.Pipeline
-    pipeline = make(batch_size=batch, num_threads=THREADS, device_id=None, **executor_arguments(None, 1))
+    pipeline = make(batch_size=batch, num_threads=threads, device_id=None, **executor_arguments(None, 1))
     with pipeline:
         result = encoded = fn.readers.webdataset(
             paths=tars,
@@ -98,7 +99,7 @@ def _partial_pipeline(stage: str, tars: list[str], indices: list[str], draws: An
                 encoded, start=corner, shape=shape, axes=[0, 1], output_type=types.DALIImageType.RGB
             )
         if stage == "resize":
-            function = Resize(size, THREADS, planes=True)
+            function = Resize(size, threads, planes=True)
             result = fn.python_function(result, function=function, batch_processing=True, output_layouts="CHW")
         pipeline.set_outputs(result)
     pipeline.build()

@@ -1,6 +1,6 @@
 """The process of one loader, run by `process.LoaderProcess`.
 
-    python -m mvlm_benchmarks.data.worker CONTENDER RECIPE DATA BATCH SIZE
+    python -m mvlm_benchmarks.data.worker CONTENDER RECIPE DATA BATCH SIZE THREADS
 
 Prints one line of JSON after the first batch. Then it reads numbers N from standard input; for each, it makes N batches
 and prints another line.
@@ -14,12 +14,15 @@ with antialiasing, and captions. Ours also yields tokens and masks.
     decode_jpeg             the same with torchvision's decoder, `decode_image`, and its v2 transforms on tensors
     webdataset+pil          webdataset with PIL and torchvision's transforms
     webdataset+simplejpeg   webdataset with simplejpeg and torchvision's v2 transforms
+    litdata                 litdata's streaming data set, of its own chunks in a store, with the same
+    mosaicml-streaming      mosaicml-streaming's data set, of its own shards in a store, with the same
 """
 
 import io
 import json
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -32,23 +35,32 @@ from torch import Tensor
 
 from mvlm_benchmarks.unavailable import Missing, NotApplicable, one_line
 from mvlm_dataloading import Dataset, open_dataset
+from mvlm_dataloading.urls import is_remote, normal_url
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # of the crops
-WORKERS = 2
 KEEP_MB = 512
 """Memory for decoded images: the default of `mvlm pretrain`."""
 RECIPES = ("crop", "crop+randaug")
-CONTENDERS = ("ours", "ours+kept", "pil", "decode_jpeg", "webdataset+pil", "webdataset+simplejpeg")
+CONTENDERS = (
+    "ours",
+    "ours+kept",
+    "pil",
+    "decode_jpeg",
+    "webdataset+pil",
+    "webdataset+simplejpeg",
+    "litdata",
+    "mosaicml-streaming",
+)
 
 Batches = Iterator[tuple[Tensor, Any]]
 """Images, float32 (B, 3, S, S), and captions; for ours the complete `Batch`."""
 
 
-def ours(data: Path, recipe: str, batch: int, size: int, keep_mb: int = 0) -> Batches:
+def ours(data: Path, recipe: str, batch: int, size: int, threads: int, keep_mb: int = 0) -> Batches:
     from mvlm_benchmarks.data.stages import our_loader
 
-    loader = our_loader(data, recipe, batch, size, keep_mb)
+    loader = our_loader(data, recipe, batch, size, threads, keep_mb)
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
     # In training the model normalises uint8 images on the GPU. Here the loader does, as the other contenders do, and on
     # one thread, as their workers do: a second thread of torch spins after each call and takes a core from the loader.
@@ -60,8 +72,11 @@ def ours(data: Path, recipe: str, batch: int, size: int, keep_mb: int = 0) -> Ba
         yield torch.addcmul(-mean / std, normalised, 1 / std, out=normalised), images_and_text
 
 
-def ours_kept(data: Path, recipe: str, batch: int, size: int) -> Batches:
+def ours_kept(data: Path, recipe: str, batch: int, size: int, threads: int) -> Batches:
     from PIL import Image
+
+    if is_remote(data):
+        raise NotApplicable("nothing is kept of remote data")
 
     dataset = open_dataset(data, "train")
     megabytes = 0.0
@@ -70,7 +85,7 @@ def ours_kept(data: Path, recipe: str, batch: int, size: int) -> Batches:
             megabytes += 3e-6 * image.width * image.height
     if megabytes > KEEP_MB:
         raise NotApplicable(f"decoded images take {megabytes:.0f} MB, more than {KEEP_MB}")
-    yield from ours(data, recipe, batch, size, KEEP_MB)
+    yield from ours(data, recipe, batch, size, threads, KEEP_MB)
 
 
 def _pil_transform(recipe: str, size: int) -> Callable[[Any], Tensor]:
@@ -107,35 +122,37 @@ class ShardDataset(torch.utils.data.Dataset):
         return self.transform(self.decode(self.dataset.image_bytes(i))), self.dataset.captions(i)[0]
 
 
-def _in_data_loader(dataset: Any, batch: int, shuffle: bool) -> Batches:
+def _in_data_loader(dataset: Any, batch: int, shuffle: bool, workers: int) -> Batches:
     loader = torch.utils.data.DataLoader(
-        dataset, batch, shuffle=shuffle, num_workers=WORKERS, drop_last=True, persistent_workers=True
+        dataset, batch, shuffle=shuffle, num_workers=workers, drop_last=True, persistent_workers=True
     )
     while True:
         yield from loader
 
 
-def pil(data: Path, recipe: str, batch: int, size: int) -> Batches:
+def pil(data: Path, recipe: str, batch: int, size: int, threads: int) -> Batches:
     dataset = open_dataset(data, "train")
-    return _in_data_loader(ShardDataset(dataset, _decode_pil, _pil_transform(recipe, size)), batch, True)
+    samples = ShardDataset(dataset, _decode_pil, _pil_transform(recipe, size))
+    return _in_data_loader(samples, batch, True, threads)
 
 
-def decode_jpeg(data: Path, recipe: str, batch: int, size: int) -> Batches:
+def decode_jpeg(data: Path, recipe: str, batch: int, size: int, threads: int) -> Batches:
     dataset = open_dataset(data, "train")
-    return _in_data_loader(ShardDataset(dataset, _decode_torchvision, _tensor_transform(recipe, size)), batch, True)
+    samples = ShardDataset(dataset, _decode_torchvision, _tensor_transform(recipe, size))
+    return _in_data_loader(samples, batch, True, threads)
 
 
-def webdataset_pil(data: Path, recipe: str, batch: int, size: int) -> Batches:
-    return _webdataset(data, _decode_pil, _pil_transform(recipe, size), batch)
+def webdataset_pil(data: Path, recipe: str, batch: int, size: int, threads: int) -> Batches:
+    return _webdataset(data, _decode_pil, _pil_transform(recipe, size), batch, threads)
 
 
-def webdataset_simplejpeg(data: Path, recipe: str, batch: int, size: int) -> Batches:
+def webdataset_simplejpeg(data: Path, recipe: str, batch: int, size: int, threads: int) -> Batches:
     if not open_dataset(data, "train").image_bytes(0).startswith(b"\xff\xd8"):
         raise NotApplicable("simplejpeg decodes only JPEG")
-    return _webdataset(data, _decode_simplejpeg, _tensor_transform(recipe, size), batch)
+    return _webdataset(data, _decode_simplejpeg, _tensor_transform(recipe, size), batch, threads)
 
 
-def _webdataset(data: Path, decode: Callable, transform: Callable, batch: int) -> Batches:
+def _webdataset(data: Path, decode: Callable, transform: Callable, batch: int, workers: int) -> Batches:
     try:
         webdataset: Any = import_module("webdataset")
     except ImportError:
@@ -143,14 +160,70 @@ def _webdataset(data: Path, decode: Callable, transform: Callable, batch: int) -
     dataset = open_dataset(data, "train")
     # webdataset assigns whole shards to workers. Fewer shards than workers are listed repeatedly, so that no worker
     # idles.
-    tars = [str(tar) for tar in dataset.tars] * (WORKERS if len(dataset.tars) < WORKERS else 1)
+    tars = [str(tar) for tar in dataset.tars] if dataset.links is None else [one["tar"] for one in dataset.shards]
+    tars *= workers if len(tars) < workers else 1
+    if is_remote(data):
+        import_module("webdataset.gopen").gopen_schemes["s3"] = (
+            _open_s3  # by default it starts `aws s3 cp`, a process for each tar
+        )
     samples = (
         webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0, empty_check=False)
         .shuffle(1000)
         .to_tuple("jpg;jpeg;png;webp", "txt")
         .map_tuple(lambda image: transform(decode(image)), lambda text: text.decode())
     )
-    return _in_data_loader(samples, batch, False)
+    return _in_data_loader(samples, batch, False, workers)
+
+
+def _open_s3(url: str, mode: str, bufsize: int, **kwargs: Any) -> Any:
+    """The content of a file as a stream, as webdataset's openers return it."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return import_module("boto3").client("s3").get_object(Bucket=bucket, Key=key)["Body"]
+
+
+def litdata(data: Path, recipe: str, batch: int, size: int, threads: int) -> Batches:
+    """Batches of the chunks beside a remote index, in the folder `litdata`."""
+    peer = _peer("litdata", data)
+    # Its fast client refuses endpoints without TLS, and has no setting for that.
+    import_module("litdata.streaming.downloader")._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"
+    transform = _tensor_transform(recipe, size)
+    samples = peer.StreamingDataset(
+        beside(data, "litdata"), cache_dir=tempfile.mkdtemp(prefix="litdata-"), shuffle=True, seed=0,
+        transform=lambda one: (transform(_decode_simplejpeg(one["image"])), one["text"]),
+    )  # fmt: skip
+    while True:
+        yield from peer.StreamingDataLoader(samples, batch_size=batch, num_workers=threads, drop_last=True)
+
+
+def mosaicml_streaming(data: Path, recipe: str, batch: int, size: int, threads: int) -> Batches:
+    """Batches of the shards beside a remote index, in the folder `mds`."""
+    peer = _peer("streaming", data)
+    transform, base = _tensor_transform(recipe, size), peer.StreamingDataset
+
+    class Samples(base):  # type: ignore[misc, valid-type]
+        def __getitem__(self, i: int) -> Any:
+            one = super().__getitem__(i)
+            return transform(_decode_simplejpeg(one["image"])), one["text"]
+
+    local = tempfile.mkdtemp(prefix="mds-")
+    samples = Samples(remote=beside(data, "mds"), local=local, shuffle=True, batch_size=batch)
+    loader = peer.StreamingDataLoader(samples, batch_size=batch, num_workers=threads, drop_last=True)
+    while True:
+        yield from loader
+
+
+def _peer(package: str, data: Path) -> Any:
+    if not is_remote(data):
+        raise NotApplicable("reads its own files in a store")
+    try:
+        return import_module(package)
+    except ImportError:
+        raise Missing(f"{package} is not installed") from None
+
+
+def beside(data: Path, name: str) -> str:
+    """URL of a folder beside a remote one."""
+    return f"{normal_url(data).rpartition('/')[0]}/{name}"
 
 
 def _decode_pil(image: bytes) -> Any:
@@ -172,19 +245,24 @@ def _decode_simplejpeg(image: bytes) -> Tensor:
 
 
 LOADERS: dict[str, Callable[..., Batches]] = dict(
-    zip(CONTENDERS, (ours, ours_kept, pil, decode_jpeg, webdataset_pil, webdataset_simplejpeg), strict=True)
+    zip(
+        CONTENDERS,
+        (ours, ours_kept, pil, decode_jpeg, webdataset_pil, webdataset_simplejpeg, litdata, mosaicml_streaming),
+        strict=True,
+    )
 )
 
 
-def main(contender: str, recipe: str, data: str, batch: str, size: str) -> None:
+def main(contender: str, recipe: str, data: str, batch: str, size: str, threads: str) -> None:
     torch.set_num_threads(1)
+    numbers = int(batch), int(size), int(threads)
     try:
         if contender.startswith("stage:"):
             from mvlm_benchmarks.data.stages import stage_batches
 
-            batches = stage_batches(contender.removeprefix("stage:"), Path(data), recipe, int(batch), int(size))
+            batches = stage_batches(contender.removeprefix("stage:"), Path(data), recipe, *numbers)
         else:
-            batches = LOADERS[contender](Path(data), recipe, int(batch), int(size))
+            batches = LOADERS[contender](Path(data), recipe, *numbers)
         # The first batch starts threads and workers and fills caches.
         first = next(batches)
         if not contender.startswith("stage:"):

@@ -100,6 +100,16 @@ class Dataset:
         """Number of samples of this data set in each shard, int64 (S,)."""
         return np.diff(np.clip(self.index.first, self.start, self.stop))
 
+    def row_groups(self) -> dict[int, Int64]:
+        """Number of these samples in each row group that has some, int64, by shard; of linked Parquet files."""
+        found = {}
+        for number, shard in enumerate(self.shards):
+            if "groups" in shard:
+                ends = self.index.first[number] + np.append(0, np.cumsum(shard["groups"], dtype=np.int64))
+                sizes = np.diff(np.clip(ends, self.start, self.stop))
+                found[number] = sizes[sizes > 0]
+        return found
+
     def shard_of(self, ids: Any) -> Int64:
         """Position in `tars` of each sample's shard, int64, of the shape of `ids`. It ascends with the id."""
         return self.index.shard_of(np.asarray(ids) + self.start)

@@ -242,6 +242,10 @@ def _check_split(fields: "_Fields", split: str, part: Any) -> None:
             fields.entry(shard, "etag", _TEXT, place)
             fields.entry(shard, "tar", _LINKED, place)
             fields.entry(shard, "captions", _NUMBER, place, optional=True)
+            if shard["tar"].endswith(".parquet"):
+                groups = fields.entry(shard, "groups", _COUNTS, place)
+                if sum(groups) != shard["samples"]:
+                    fields.refuse(f"{shard['samples']} samples of {place.strip()}, and {sum(groups)} in its row groups")
             continue
         # A view has its own indices, and refers to the tars of other folders.
         fields.entry(shard, "tar", _FILE if "index" in shard else _INSIDE, place)
@@ -279,6 +283,10 @@ _TEXT: _Kind = ("a text", lambda value: isinstance(value, str))
 _OBJECT: _Kind = ("an object", lambda value: isinstance(value, dict))
 _SPLITS: _Kind = ("an object with at least one split", lambda value: isinstance(value, dict) and len(value) > 0)
 _LIST: _Kind = ("a list", lambda value: isinstance(value, list))
+_COUNTS: _Kind = (
+    "a list of numbers from 1",
+    lambda value: isinstance(value, list) and all(type(one) is int and 0 < one < _MOST for one in value),
+)
 _HASH: _Kind = ("64 hexadecimal digits", lambda value: isinstance(value, str) and _SHA256.fullmatch(value) is not None)
 _FILE: _Kind = ("the name of a file", _is_file)
 _LINKED: _Kind = ("a URL or an absolute path", _is_linked)

@@ -85,7 +85,9 @@ def index_path(folder: Path, split: str) -> Path:
 def shards_hash(split: str, shards: Sequence[Mapping[str, Any]]) -> bytes:
     """Hash (32 bytes) of a split's shards as `dataset.json` describes them."""
     names = ("tar", "samples", "bytes", "sha256", "index_sha256")
-    named = [[*map(one.get, names), *(one[name] for name in ("etag", "captions") if name in one)] for one in shards]
+    named = [
+        [*map(one.get, names), *(one[name] for name in ("etag", "captions", "groups") if name in one)] for one in shards
+    ]
     return hashlib.sha256(json.dumps([split, named]).encode()).digest()
 
 

@@ -117,7 +117,10 @@ def check_image(content: bytes, limits: ImageLimits, *, further: int = 0, may_sh
     check_size(header.width, header.height, limits)
     if header.raw_bytes > _DEFLATE * (header.data_bytes + 1):
         raise unreadable(f"{len(content)} bytes cannot hold {header.width} x {header.height} pixels")
-    parts = (1, 2, 4, 8) if may_shrink and header.kind == "JPEG" else (1,)
+    if not may_shrink:
+        check_memory(header.width, header.height, header.memory(1) + further * max(header.width, header.height), limits)
+        return header if header.part == 1 else replace(header, part=1)
+    parts = (1, 2, 4, 8) if header.kind == "JPEG" else (1,)
     needed = {part: header.memory(part) + further * -(-max(header.width, header.height) // part) for part in parts}
     most = limits.max_memory
     part = next((part for part in parts if most is None or needed[part] <= most), 1)

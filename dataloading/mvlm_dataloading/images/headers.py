@@ -140,14 +140,20 @@ def _png_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
 
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
+_MARKERS = frozenset(range(0x02, 0xFF)) - frozenset(range(0xD0, 0xD8))  # those of the pattern
 _SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 
 
 def _jpeg(content: bytes) -> ImageHeader:
     found, in_scans, scans, at = None, 0.0, 0, 2
-    blocks = _Blocks()
-    while (match := _MARKER.search(content, at)) is not None:
-        marker, at = content[match.start() + 1], match.end()
+    blocks, last = _Blocks(), len(content) - 2
+    while True:
+        if at <= last and content[at] == 0xFF and content[at + 1] in _MARKERS:  # as nearly always
+            marker, at = content[at + 1], at + 2
+        elif (match := _MARKER.search(content, at)) is not None:
+            marker, at = content[match.start() + 1], match.end()
+        else:
+            break
         if marker == 0xD9:
             break
         if marker == 0xD8:
@@ -173,11 +179,10 @@ def _jpeg(content: bytes) -> ImageHeader:
                 break
         else:
             blocks.add()
-            segment = content[at + 2 : at + length]
-            if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
-                check_directory(segment[6:])
-            elif marker == 0xE2 and segment.startswith(b"MPF\0"):
-                check_directory(segment[4:])
+            if marker == 0xE1 and content.startswith(b"Exif\0\0", at + 2, at + length):
+                check_directory(content[at + 8 : at + length])
+            elif marker == 0xE2 and content.startswith(b"MPF\0", at + 2, at + length):
+                check_directory(content[at + 6 : at + length])
         at += length
     if found is None:
         raise unreadable("it has no header")

@@ -54,6 +54,8 @@ class CaptionSpec:
         """
         found: dict[str, float] = {}
         known = [(field.weight, lines) for field in self.fields if (lines := self._of_field(field, parts))]
+        if len(known) == 1 and len(known[0][1]) == 1:  # as nearly always
+            return known[0][1], [1.0]
         for weight, lines in known:
             for line in lines:
                 found[line] = found.get(line, 0.0) + weight / len(lines)
@@ -64,11 +66,15 @@ class CaptionSpec:
         value = parts.get(field.file)
         if field.path:
             value = _follow(value, field.path)
-        texts = [text for text in map(_text, value if isinstance(value, list | tuple) else [value]) if text]
+        if type(value) is bytes:  # a file of a tar
+            texts = [text] if (text := _text(value)) else []
+        else:
+            texts = [text for text in map(_text, value if isinstance(value, list | tuple) else [value]) if text]
         if self.lines:
             texts = [line for text in texts for line in text.splitlines()]
-        lines = (clean_line(text) for text in texts[:MOST_CAPTIONS] if len(text) <= MOST_CAPTION)
-        return list(dict.fromkeys(line for line in lines if is_visible(line) and len(line.encode()) <= MOST_CAPTION))
+        lines = [clean_line(text) for text in texts[:MOST_CAPTIONS] if len(text) <= MOST_CAPTION]
+        lines = [line for line in lines if is_visible(line) and len(line.encode()) <= MOST_CAPTION]
+        return lines if len(lines) < 2 else list(dict.fromkeys(lines))
 
     def to_json(self) -> dict[str, Any]:
         """Content of `captions` in dataset.json."""

@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections import deque
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
@@ -19,7 +20,7 @@ from mvlm_dataloading.images.limits import ImageRefusedError, limits_of_build
 from .captions import CaptionSpec, read_spec
 from .scan import MAX_IMAGE, MAX_PIXELS, ScanOptions
 from .store import LinkedFile, RangeStore
-from .tables import Table, open_table, read_group
+from .tables import Rows, Table, open_table, read_group, read_groups
 
 WEIGHTS = "caption_weights"
 """Name in the metadata of a linked sample: the probability of each caption, if they differ."""
@@ -30,6 +31,8 @@ _BLOCK_BYTES = 32 << 20
 """Bytes of images that are read together; the next ones are read meanwhile."""
 _AHEAD = 64
 """Most samples that are read together for one that is asked for after its neighbour."""
+_TABLES = 512
+"""Footers of Parquet files that are kept: those of the pieces that `loader.lanes` mixes."""
 _KNOWN = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 
 
@@ -64,12 +67,11 @@ class LinkReader:
     ):
         self.files = [LinkedFile(one["tar"], one["bytes"], one["etag"]) for one in shards]
         self.index, self.options = index, [options[one.get("captions", 0)] for one in shards]
-        self.has_tables = any(is_table(file.url) for file in self.files)
         self.store = RangeStore(in_flight)
-        self._table = lru_cache(maxsize=64)(self._open_table)
+        self._tables, self._tables_lock = OrderedDict[int, Future[Table]](), threading.Lock()
         self._near: dict[tuple[int, int], LinkedSample] = {}  # those that `one` has read last
-        self._group = lru_cache(maxsize=1)(
-            lambda shard, group, images: list(read_group(self.store, self._table(shard), group, images=images))
+        self._group = lru_cache(maxsize=1)(  # for `one`
+            lambda shard, group, images: read_group(self.store, self._table(self.store, shard), group, images=images)
         )
 
     def one(self, i: int) -> LinkedSample:
@@ -116,21 +118,52 @@ class LinkReader:
         for row, (image, parts) in zip(rows, read(shard, records, images), strict=True):
             yield _sample(int(row), image, parts, self.options[shard].captions)
 
-    def ask(self, store: RangeStore, shard: int, rows: Sequence[int]) -> "AskedSamples":
-        """Samples of a tar, whose ranges are read from now on. `rows` as of `samples`."""
-        return AskedSamples(store, self.files[shard], self.index.records(shard, rows), rows, self.options[shard])
+    def ask(self, store: RangeStore, shard: int, rows: Sequence[int]) -> "AskedSamples | AskedRows":
+        """Samples whose ranges are read from now on. `rows` as of `samples`, of a table those of one row group."""
+        linked, records, options = self.files[shard], self.index.records(shard, rows), self.options[shard]
+        if not is_table(linked.url):
+            return AskedSamples(store, linked, records, rows, options)
+        first = int(records[0, 0])
 
-    def _open_table(self, shard: int) -> Table:
-        return open_table(self.store, self.files[shard], self.options[shard].captions, self.options[shard].image)
+        def read() -> tuple[int, Rows]:
+            table = self._table(store, shard)
+            group = table.group_of(first)
+            return table.first[group], read_group(store, table, group)
+
+        return AskedRows(store.call(read), linked, records, rows, options)
+
+    def _table(self, store: RangeStore, shard: int) -> Table:
+        """The footer of a table. Of several threads that want it at a time, one reads it."""
+        with self._tables_lock:
+            found = self._tables.get(shard)
+            if mine := found is None:
+                found = self._tables[shard] = Future()
+                if len(self._tables) > _TABLES:
+                    self._tables.popitem(last=False)
+            self._tables.move_to_end(shard)
+        if mine:
+            options = self.options[shard]
+            try:
+                found.set_result(open_table(store, self.files[shard], options.captions, options.image))
+            except BaseException as error:
+                with self._tables_lock:
+                    self._tables.pop(shard, None)
+                found.set_exception(error)
+        return found.result()
 
     def _rows_of_table(
         self, shard: int, records: NDArray[np.uint32], images: bool
     ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-        table, group, rows = self._table(shard), -1, list[Any]()
-        for row in records[:, 0].tolist():
-            if table.group_of(row) != group:
-                group = table.group_of(row)
-                rows = self._group(shard, group, images)
+        table, group, rows = self._table(self.store, shard), -1, Rows()
+        numbers = [table.group_of(row) for row in records[:, 0].tolist()]
+        groups = list(dict.fromkeys(numbers))
+        if len(groups) == 1:
+            read = iter([self._group(shard, groups[0], images)])
+        else:
+            read = read_groups(self.store, table, groups, images=images)
+        for row, number in zip(records[:, 0].tolist(), numbers, strict=True):
+            if number != group:
+                group, rows = number, next(read)
             yield rows[row - table.first[group]]
 
     def _files_of_tar(
@@ -177,6 +210,42 @@ class AskedSamples:
     def cancel(self) -> None:
         """Give up the ranges that are not being read yet."""
         self._ranges.cancel()
+
+
+class AskedRows:
+    """Samples of one row group of a Parquet file, which is being read.
+
+    Args:
+        group: number of the row group's first row, and its rows.
+
+    Attributes:
+        size: bytes of their images.
+    """
+
+    def __init__(
+        self,
+        group: "Future[tuple[int, Rows]]",
+        linked: LinkedFile,
+        records: NDArray[np.uint32],
+        rows: Sequence[int],
+        options: ScanOptions,
+    ):
+        self.size = int(records[:, 1].sum(dtype=np.int64))
+        self._group, self._linked, self._captions = group, linked, options.captions
+        self._numbers, self._rows = records[:, 0].tolist(), rows
+
+    def samples(self) -> list[LinkedSample]:
+        """The samples, once the row group is there. Raises DataError as `LinkReader.samples`."""
+        first, found = self._group.result()
+        if not first <= min(self._numbers) <= max(self._numbers) < first + len(found):
+            raise DataError(f"{self._linked.url}: wanted the row groups that were linked, found others; link again")
+        wanted = [found[number - first] for number in self._numbers]
+        pairs = zip(self._rows, wanted, strict=True)
+        return [_sample(int(row), image, values, self._captions) for row, (image, values) in pairs]
+
+    def cancel(self) -> None:
+        """Give up the row group if it is not being read yet."""
+        self._group.cancel()
 
 
 def is_table(url: str) -> bool:

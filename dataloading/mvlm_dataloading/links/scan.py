@@ -8,9 +8,11 @@ A record has 3 + 2 k columns, uint32, for k files of captions (`CaptionSpec.file
     key end     end of the sample's key among the keys of the shard
 
 A record and its key have at most `SAMPLE_BYTES`; longer keys keep their end. A sample is left out, and counted by its
-reason, if it has no caption or no image, or if the image's header or its end says that it cannot be decoded.
+reason, if it has no caption or no image, or if the image's header, its end or the checksums of a PNG say that it cannot
+be decoded.
 """
 
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +36,7 @@ MAX_IMAGE = 64 << 20
 MAX_PIXELS = 50_000_000
 _LIMITS = limits_of_build(MAX_PIXELS, MAX_IMAGE)
 NO_TEXT: tuple[int, int] = (0, ABSENT)
+_NEEDED = (b"IHDR", b"PLTE", b"IDAT")
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}
 
 
@@ -60,13 +63,18 @@ class Scan:
     """Number of other samples, by reason."""
     fields: Counter[str] = field(default_factory=Counter)
     """Number of samples with each file, or column."""
+    groups: list[int] = field(default_factory=list)
+    """Usable samples of each row group of a table that has some."""
     warning: str = ""
 
     def add(self, key: str, image: int, size: int, texts: Sequence[tuple[int, int]], captions: int) -> None:
         """Append a usable sample."""
         name = key.encode("utf-8", "surrogateescape")
         self.keys += name[-(SAMPLE_BYTES - 4 * self.columns) :]
-        self.numbers.extend((image, size, *chain.from_iterable(texts), len(self.keys)))
+        if len(texts) == 1:
+            self.numbers.extend((image, size, *texts[0], len(self.keys)))
+        else:
+            self.numbers.extend((image, size, *chain.from_iterable(texts), len(self.keys)))
         self.captions += captions
 
     @property
@@ -89,4 +97,18 @@ def image_fault(content: Any) -> str | None:
         return refused.reason
     # Some good files have bytes behind their end, so it is looked for in the last quarter.
     end = _ENDS.get(image[:2])
-    return "image ends early" if end is not None and image.rfind(end, len(image) * 3 // 4) < 0 else None
+    if end is not None and image.rfind(end, len(image) * 3 // 4) < 0:
+        return "image ends early"
+    return "image is damaged" if image.startswith(b"\x89P") and not _checksums_fit(image) else None
+
+
+def _checksums_fit(png: bytes) -> bool:
+    """False if a part of a PNG that decoders need has another checksum, for which they refuse it."""
+    at, view = 8, memoryview(png)
+    while at + 12 <= len(png):
+        size, kind = int.from_bytes(view[at : at + 4], "big"), png[at + 4 : at + 8]
+        end = at + 8 + size
+        if kind in _NEEDED and zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            return False
+        at = end + 4 if kind != b"IEND" else len(png)
+    return True

@@ -38,6 +38,8 @@ from mvlm_dataloading.urls import WEB, is_remote, normal_url, with_credentials
 
 ATTEMPTS = 5
 """Attempts at a range. The pauses between them are `folders.FIRST_PAUSE_S`, doubled each time, times 0.5 to 1.5."""
+OUTAGE_ATTEMPTS = 9
+"""Attempts at a range of a store that cannot be reached any more, over some two minutes."""
 MOST_BYTES = 256 << 20
 """Longest range."""
 REQUEST_S = 300
@@ -45,8 +47,10 @@ REQUEST_S = 300
 PART_BYTES = 8 << 20
 """Bytes of a range of `SequentialFile`."""
 
+_NO_CONNECTION = "no connection"
 _STATUS = re.compile(r"status code: (\d{3})")
 _KIND = re.compile(r"kind: (Connect|Timeout)\b")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _DENIED = {401, 403, 407}
 _MISSING = {404, 410}
 _REPEATED = {408, 425, 429}
@@ -100,8 +104,14 @@ class RangeStore:
         reader = _reader_of(place)
         return _attempt(place, lambda: reader.stat(place))
 
+    def pinned(self, url: str) -> str:
+        """The URL at the commit that it stands for now, on the hub. Any other one as it is. DataError as of `stat`."""
+        place = normal_url(url)
+        pin = _reader_of(place).pin
+        return place if pin is None else _attempt(place, lambda: pin(place))
+
     def names(self, folder: str, most: int) -> list[str]:
-        """Names of all files in a remote folder, sorted. Those in its subfolders are left out.
+        """Paths of all files below a remote folder, sorted, relative to it.
 
         Raises:
             DataError: it has more than `most` files, its store has no list of them, or cannot be reached.
@@ -116,8 +126,7 @@ class RangeStore:
         found = _attempt(place, lambda: list(islice(names_of(place), most + 1)))
         if len(found) > most:
             raise DataError(f"{place}: wanted at most {most} files, found more; name a smaller folder")
-        names = (name.removeprefix(f"{place}/") for name in found)
-        return sorted(name for name in names if "/" not in name)
+        return sorted(name.removeprefix(f"{place}/") for name in found)
 
     def read(self, file: LinkedFile, begin: int, end: int) -> memoryview:
         """The bytes `begin` to `end` - 1 of a file. At most `MOST_BYTES`; none of them lies beyond its end.
@@ -143,11 +152,15 @@ class RangeStore:
                 raise _AnswerError(0, f"{len(content)} of {end - begin} bytes")
             return content
 
-        return _attempt(file.url, read)
+        return _attempt(file.url, read, OUTAGE_ATTEMPTS)
 
     def submit(self, file: LinkedFile, begin: int, end: int) -> "Future[memoryview]":
         """`read` on a thread of the store. The future has its result or its error."""
         return self._pool.submit(self.read, file, begin, end)
+
+    def call(self, action: Callable[[], Any]) -> "Future[Any]":
+        """Result of an action that reads one range after another, on a thread of the store."""
+        return self._pool.submit(action)
 
     def close(self) -> None:
         """Wait for the ranges in flight, and give up those that wait."""
@@ -210,6 +223,8 @@ class _Reader(NamedTuple):
     read: Callable[[LinkedFile, int, int], Content]
     names: Callable[[str], Iterator[str]] | None
     """URLs of all files below a folder."""
+    pin: Callable[[str], str] | None = None
+    """The URL of a file or a folder at its commit."""
 
 
 def _reader_of(url: str) -> _Reader:
@@ -232,10 +247,14 @@ def _reader_of(url: str) -> _Reader:
         ) from None
 
 
-def _attempt(place: str, action: Callable[[], Any]) -> Any:
-    """Result of an action, which is repeated after errors that may pass. DataError when it fails for good."""
-    began, found = time.monotonic(), ""
-    for attempt in range(ATTEMPTS):
+def _attempt(place: str, action: Callable[[], Any], without_connection: int = ATTEMPTS) -> Any:
+    """Result of an action, which is repeated after errors that may pass. DataError when it fails for good.
+
+    Args:
+        without_connection: attempts if the last one found no connection.
+    """
+    began, found, attempt = time.monotonic(), "", -1
+    while (attempt := attempt + 1) < (without_connection if found == _NO_CONNECTION else ATTEMPTS):
         if attempt:
             if time.monotonic() - began > folders.STALLED_S:
                 break
@@ -247,7 +266,7 @@ def _attempt(place: str, action: Callable[[], Any]) -> Any:
         except Exception as error:  # each package has its own exceptions
             found = _judge(place, error)
     raise DataError(
-        f"{place}: wanted its bytes, found that {attempt + 1} attempts failed, the last with {found}; try again later, "
+        f"{place}: wanted its bytes, found that {attempt} attempts failed, the last with {found}; try again later, "
         "or check the URL"
     )
 
@@ -285,16 +304,16 @@ def _judge(place: str, error: Exception) -> str:
     elif isinstance(error, TimeoutError):
         found = "no answer in time"
     elif kind := _KIND.search(str(error)):
-        found = "no connection" if kind[1] == "Connect" else "no answer in time"
+        found = _NO_CONNECTION if kind[1] == "Connect" else "no answer in time"
     elif isinstance(error, OSError) and error.errno in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH):
-        found = "no connection"
+        found = _NO_CONNECTION
     return found
 
 
 def _status_of(error: Exception) -> int:
     """Status of the answer that an error tells of; 0 if it tells of none."""
-    if isinstance(error, FileNotFoundError):
-        return 404
+    if isinstance(error, FileNotFoundError):  # the hub's client raises it of an answer with another status too
+        return getattr(getattr(error.__cause__, "response", None), "status_code", None) or 404
     if isinstance(error, PermissionError):
         return 403
     for one in (error, getattr(error, "response", None)):
@@ -481,11 +500,15 @@ def _web_reader(scheme: str, process: int) -> _Reader:
 def _hub_reader(process: int) -> _Reader:
     filesystem = need("fsspec").filesystem("hf", **options("hf"))
 
+    def pin(url: str) -> str:
+        path, commit = filesystem.resolve_path(url), ""
+        if not _COMMIT.fullmatch(path.revision):
+            commit = filesystem._api.repo_info(path.repo_id, repo_type=path.repo_type, revision=path.revision).sha
+        return f"hf://{path.repo_type}s/{path.repo_id}@{commit or path.revision}/{path.path_in_repo}".rstrip("/")
+
     def stat(url: str) -> LinkedFile:
-        path = filesystem.resolve_path(url)
-        commit = filesystem._api.repo_info(path.repo_id, repo_type=path.repo_type, revision=path.revision).sha
-        pinned = f"hf://{path.repo_type}s/{path.repo_id}@{commit}/{path.path_in_repo}"
-        return LinkedFile(pinned, filesystem.info(pinned)["size"], commit)
+        pinned = pin(url)
+        return LinkedFile(pinned, filesystem.info(pinned)["size"], filesystem.resolve_path(pinned).revision)
 
     def read(file: LinkedFile, begin: int, end: int) -> Content:
         with filesystem.open(file.url, "rb", cache_type="none") as opened:
@@ -495,4 +518,4 @@ def _hub_reader(process: int) -> _Reader:
     def names(folder: str) -> Iterator[str]:
         return (f"hf://{path}" for path in filesystem.find(folder))
 
-    return _Reader(stat, read, names)
+    return _Reader(stat, read, names, pin)

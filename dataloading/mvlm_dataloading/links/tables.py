@@ -6,7 +6,10 @@ bytes, or structs with bytes as `datasets` writes them.
 
 import bisect
 import io
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple
 
 from mvlm_dataloading.dataset.sample_index import ABSENT
@@ -19,7 +22,15 @@ from .store import LinkedFile, RangeStore
 
 MAX_GROUP = 1 << 30
 """Most bytes of the wanted columns of a row group, packed or not."""
-_RANGE = 8 << 20
+_RANGE = 64 << 20
+_GAP = 64
+"""Bytes between two columns are read with them, rather than by two ranges, if they are so many times fewer."""
+_AHEAD_BYTES = 64 << 20
+"""Bytes of row groups that are read before they are wanted, of a file that is read in order."""
+_AHEAD = 32
+
+Rows = list[tuple[memoryview | None, dict[str, Any]]]
+"""The image of each row, None if it has none or was not asked for, and the values of its columns with captions."""
 
 
 class Table(NamedTuple):
@@ -80,9 +91,12 @@ def scan_table(store: RangeStore, linked: LinkedFile, options: ScanOptions) -> S
     """Scan a Parquet file. Raises DataError as `open_table`, and for a row group that is damaged or too large."""
     found = Scan(columns_of(options.captions))
     table = open_table(store, linked, options.captions, options.image)
+    _require_readable(store, table)
     texts = [NO_TEXT] * len(options.captions.files)
-    for group in range(len(table.first) - 1):
-        for row, (image, values) in enumerate(read_group(store, table, group), table.first[group]):
+    groups = range(len(table.first) - 1)
+    for group, rows in zip(groups, read_groups(store, table, groups), strict=True):
+        before = len(found.numbers)
+        for row, (image, values) in enumerate(rows, table.first[group]):
             found.fields.update(table.names)
             captions, _ = options.captions.captions(values)
             fault = "no image" if image is None else image_fault(image)
@@ -90,13 +104,45 @@ def scan_table(store: RangeStore, linked: LinkedFile, options: ScanOptions) -> S
                 found.left_out[fault or "no caption"] += 1
             else:
                 found.add(str(row), row, len(image), texts, len(captions))
+        if len(found.numbers) > before:
+            found.groups.append((len(found.numbers) - before) // found.columns)
     return found
 
 
-def read_group(
-    store: RangeStore, table: Table, group: int, *, images: bool = True
-) -> Iterator[tuple[memoryview | None, dict[str, Any]]]:
-    """The image, None unless `images`, and the values of the captions' columns of each row of a row group.
+def _require_readable(store: RangeStore, table: Table) -> None:
+    """Raise DataError for encrypted columns.
+
+    NOTE: pyarrow ends the process if it is asked where such a column is. Reading a row first gives an error.
+    """
+    parquet, reader = need("pyarrow.parquet"), need("pyarrow").PythonFile(_Reader(store, table.linked), mode="r")
+    try:
+        file = parquet.ParquetFile(reader, metadata=table.metadata, pre_buffer=False, buffer_size=1 << 16)
+        columns = [table.image, *table.captions]
+        next(file.iter_batches(1, row_groups=[0], columns=columns, use_threads=False), None) if table.first[
+            1:
+        ] else None
+    except DataError:
+        raise
+    except Exception:  # pyarrow's errors are of many kinds
+        raise _refused(table.linked, "encrypted columns, or a damaged row group 0") from None
+
+
+def read_groups(store: RangeStore, table: Table, groups: Iterable[int], *, images: bool = True) -> Iterator[Rows]:
+    """Rows of some row groups, one after another, of which the next ones are read meanwhile. Errors of `read_group`."""
+    left, waiting = deque(groups), deque[Future[Rows]]()
+    ahead = max(2, min(_AHEAD, _AHEAD_BYTES * len(table.first) // max(1, table.linked.size)))
+    try:
+        while left or waiting:
+            while left and len(waiting) < ahead:
+                waiting.append(store.call(partial(read_group, store, table, left.popleft(), images=images)))
+            yield waiting.popleft().result()
+    finally:
+        for one in waiting:
+            one.cancel()
+
+
+def read_group(store: RangeStore, table: Table, group: int, *, images: bool = True) -> Rows:
+    """Rows of a row group, of which the wanted columns alone are read. Without `images` their images are None.
 
     Raises:
         DataError: it cannot be read, is damaged, or is too large.
@@ -118,7 +164,7 @@ def read_group(
         raise _refused(table.linked, f"a row group of more than {MAX_GROUP >> 20} MiB of images and captions")
     reader.fetch([(begin, begin + size) for begin, (size, _) in zip(begins, sizes, strict=True)])
     try:
-        file = parquet.ParquetFile(arrow.PythonFile(reader, mode="r"), metadata=table.metadata)
+        file = parquet.ParquetFile(arrow.PythonFile(reader, mode="r"), metadata=table.metadata, pre_buffer=False)
         found = file.read_row_group(group, columns=columns, use_threads=False)
         if len(found) != table.first[group + 1] - table.first[group]:
             raise ValueError
@@ -126,19 +172,15 @@ def read_group(
         raise
     except Exception:  # pyarrow's errors for damage are of many kinds
         raise _refused(table.linked, f"a damaged row group {group}") from None
-    cells, others = (
-        found.column(table.image) if images else None,
-        [(name, found.column(name)) for name in table.captions],
-    )
+    cells = found.column(table.image) if images else None
+    others, rows = [(name, found.column(name)) for name in table.captions], list[Any]()
     for row in range(len(found)):
         try:
-            image, values = (
-                None if cells is None else _image(cells[row]),
-                {name: one[row].as_py() for name, one in others},
-            )
+            image = None if cells is None else _image(cells[row])
+            rows.append((image, {name: one[row].as_py() for name, one in others}))
         except Exception:  # a text that is not UTF-8, for example
             raise _refused(table.linked, f"a damaged row {table.first[group] + row}") from None
-        yield image, values
+    return rows
 
 
 class _Reader(io.RawIOBase):
@@ -150,10 +192,15 @@ class _Reader(io.RawIOBase):
         self._parts: list[tuple[int, memoryview]] = []
 
     def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetch ranges, many at a time."""
-        cuts = [(place, min(place + _RANGE, end)) for begin, end in ranges for place in range(begin, end, _RANGE)]
-        futures = [(begin, self._store.submit(self._linked, begin, end)) for begin, end in cuts]
-        self._parts = [(begin, future.result()) for begin, future in futures]
+        """Fetch ranges. Neighbours are one request."""
+        joined: list[list[int]] = []
+        for begin, end in sorted(ranges):
+            if joined and _GAP * (begin - joined[-1][1]) <= joined[-1][1] - joined[-1][0]:
+                joined[-1][1] = max(joined[-1][1], end)
+            else:
+                joined.append([begin, end])
+        cuts = [(place, min(place + _RANGE, end)) for begin, end in joined for place in range(begin, end, _RANGE)]
+        self._parts = [(begin, self._store.read(self._linked, begin, end)) for begin, end in cuts]
 
     def readable(self) -> bool:
         return True

@@ -14,6 +14,9 @@ from .store import RangeStore
 
 MOST = 1_000_000
 """Most files of a link."""
+LINKED = (".tar", ".parquet")
+"""Ends of the names of files that can be linked."""
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
 _WILD = re.compile(r"[*?\[]")
@@ -23,7 +26,8 @@ def expand(given: Sequence[str]) -> list[str]:
     """All files that are given, in order: URLs without credentials, which this process keeps, and absolute paths.
 
     `{00000..01242}` stands for numbers, `{train,val}` for words; `*`, `?` and `[...]` match names in one folder. A
-    path that ends in .txt is a file with a URL in each line.
+    path that ends in .txt is a file with a URL in each line. A data set of the hub, or a folder of it, stands for all
+    tars and Parquet files below it, at the commit that it has now.
 
     Raises:
         DataError: a file is given twice, a wildcard matches nothing or is on the web, or there are too many.
@@ -59,6 +63,8 @@ def _expand_one(text: str) -> Iterator[str]:
             yield from _local(word)
         elif _WILD.search(word.partition("?")[0] if word.startswith("http") else word):
             yield from _listed(word)
+        elif word.startswith("hf://") and not word.endswith(LINKED + PACKED):
+            yield from _below(word)
         else:
             yield normal_url(word)
 
@@ -94,9 +100,25 @@ def _listed(word: str) -> Iterator[str]:
         raise DataError(f"{without_credentials(word)}: wanted a wildcard in its last part alone; name the folder")
     store = RangeStore(1)
     try:
-        names = [name for name in store.names(folder, MOST) if fnmatch.fnmatchcase(name, pattern)]
+        place = store.pinned(folder)
+        names = [name for name in store.names(place, MOST) if "/" not in name and fnmatch.fnmatchcase(name, pattern)]
     finally:
         store.close()
     if not names:
         raise DataError(f"{word}: wanted files that match, found none; check the URL")
-    yield from (f"{normal_url(folder)}/{name}" for name in names)
+    yield from (f"{place}/{name}" for name in names)
+
+
+def _below(word: str) -> Iterator[str]:
+    store = RangeStore(1)
+    try:
+        place = store.pinned(word)
+        names = [name for name in store.names(place, MOST) if name.endswith(LINKED)]
+    finally:
+        store.close()
+    if not names:
+        raise DataError(
+            f"{word}: wanted tars or Parquet files, found none below it; name the hub's own Parquet files, as in "
+            "hf://datasets/OWNER/NAME@~parquet"
+        )
+    yield from (f"{place}/{name}" for name in names)

@@ -1,19 +1,21 @@
-"""Sample order 2, of linked tars: lanes, which ranks divide among them, so that together they read each byte once.
+"""Sample order 2, of linked data: lanes, which ranks divide among them, so that together they read each byte once.
 
 An epoch's shards are permuted, one after another. This sequence of samples is cut into as many slices as there are
 lanes, and each lane reads its own slice. A round of the order has the same number of samples of each lane, lane by
 lane. Ranks that take equal parts of a round take whole lanes, if their number divides that of the lanes.
 
-A lane reads blocks of adjacent samples, each by one request. The blocks of several shards are permuted, and a pool of
-them is open at a time, whose samples are mixed.
+A lane reads blocks of adjacent samples, of a tar each by one request, of a Parquet file a row group. The blocks of
+several shards are permuted, and a pool of them is open at a time, whose samples are mixed.
 
 The order is a pure function of seed, lanes and position. Position counts the samples of all epochs, so that a run may
 resume anywhere, on any number of ranks.
 
-Shape legend: N samples of the split, S shards, L lanes, P pieces of an epoch, n samples of a group or a request.
+Shape legend: N samples of the split, S shards, L lanes, P pieces of an epoch, n samples of a group or a request, R row
+groups of a shard.
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -34,6 +36,8 @@ PIECES = 1024
 """Least number of pieces into which a split is cut, if it has so many blocks. A piece is a shard, or a part of one."""
 GROUP = 512
 """Pieces whose blocks are permuted together, over all lanes: eight of each of 64 lanes."""
+CUT = 40
+"""Fewest row groups of a lane. The end of a lane cuts one, which two lanes then read: a fortieth more bytes."""
 
 
 class Lanes(NamedTuple):
@@ -48,14 +52,15 @@ class Lanes(NamedTuple):
     rows: int
     """Number of samples of one lane in a round."""
     block: int
-    """Most samples of a block."""
+    """Most samples of a block of a tar."""
 
 
 def choose_lanes(dataset: Dataset, parts: int, round_size: int, per_image: int) -> Lanes | None:
-    """Choose the lanes of a new run. None for data that are read by whole shards, in order 1: all but linked tars.
+    """Choose the lanes of a new run. None for data that are read by whole shards, in order 1: all but linked ones.
 
     There are `LANES`, or so many more that all parts of a round are whole lanes. If that number does not divide a
-    round, it is the largest divisor of both.
+    round, it is the largest divisor of both. Data with row groups have fewer, if a lane would have less than `CUT`
+    blocks, or if a block of each lane took more memory than `POOL` blocks of tars.
 
     Args:
         parts: ranks times microbatches.
@@ -63,12 +68,24 @@ def choose_lanes(dataset: Dataset, parts: int, round_size: int, per_image: int) 
         per_image: number of samples of one image that come one after another. A lane's share of a round is a multiple
             of it.
     """
-    if dataset.links is None or dataset.links.has_tables:
+    if dataset.links is None:
         return None
     whole, rest = divmod(round_size, per_image)
-    count = 1 if rest else math.gcd(math.lcm(LANES, parts), whole)
-    mean = sum(shard["bytes"] for shard in dataset.shards) / max(1, sum(shard["samples"] for shard in dataset.shards))
-    return Lanes(count, 1 if count == 1 else round_size // count, max(1, round(BLOCK_BYTES / max(1, mean))))
+    size = sum(shard["bytes"] for shard in dataset.shards)
+    mean = size / max(1, sum(shard["samples"] for shard in dataset.shards))
+    block, wanted = max(1, round(BLOCK_BYTES / max(1, mean))), LANES
+    if groups := dataset.row_groups():
+        blocks = _count_blocks(dataset.shard_sizes, groups, block)
+        most = min(LANES, blocks / CUT, POOL * BLOCK_BYTES * blocks / max(1, size))
+        wanted = 1 << int(math.log2(max(1, most)))
+    count = 1 if rest else math.gcd(math.lcm(wanted, parts), whole)
+    return Lanes(count, 1 if count == 1 else round_size // count, block)
+
+
+def _count_blocks(shard_sizes: Int64, groups: Mapping[int, Int64], block: int) -> int:
+    """Number of all blocks: row groups, and of the shards without any, blocks of `block` samples."""
+    of_tars = [-(-size // block) for shard, size in enumerate(shard_sizes.tolist()) if shard not in groups]
+    return sum(of_tars) + sum(map(len, groups.values()))
 
 
 class LaneOrder:
@@ -81,24 +98,45 @@ class LaneOrder:
 
     Args:
         shard_sizes: int64 (S,), number of samples of each shard. Ids count the samples shard by shard.
+        groups: shard -> number of samples of each of its row groups, int64 (R,), which are its blocks. With row groups
+            the pool has fewer blocks, so that about as many samples are open as without.
         images: int64 (N,), equal for samples of one image; for `per_image` above 1.
-        per_image: samples of an image that come one after another, if they are in one group.
+        per_image: samples of an image that come one after another, if they are in one group of pieces.
 
     Attributes:
-        block: samples of a block. Blocks count from the first sample of each shard.
+        block: samples of a block of the other shards. Blocks count from the first sample of each shard.
     """
 
-    def __init__(self, shard_sizes: Int64, seed: int, lanes: Lanes, *, images: Int64 | None = None, per_image: int = 1):
+    def __init__(
+        self,
+        shard_sizes: Int64,
+        seed: int,
+        lanes: Lanes,
+        *,
+        groups: Mapping[int, Int64] | None = None,
+        images: Int64 | None = None,
+        per_image: int = 1,
+    ):
         self._seed, self._lanes = seed, lanes
         self._images, self._per_image = images, per_image
         self._size = size = int(shard_sizes.sum())
         self.block = max(1, min(lanes.block, size // POOL))
         self._first = np.append(0, np.cumsum(shard_sizes))
+        groups = groups or {}
+        self._row_groups = {shard: self._first[shard] + np.append(0, np.cumsum(own)) for shard, own in groups.items()}
         piece = self.block * max(1, size // (PIECES * self.block))
-        cuts = [np.arange(begin, end, piece) for begin, end in zip(self._first, self._first[1:], strict=False)]
+        cuts = []
+        for shard, (begin, end) in enumerate(zip(self._first, self._first[1:], strict=False)):
+            if (own := self._row_groups.get(shard)) is None:
+                cuts.append(np.arange(begin, end, piece))
+            else:  # from the first row group that begins in each `piece` samples
+                cuts.append(own[:-1][np.diff((own[:-1] - begin) // piece, prepend=-1) > 0])
         self._begin = np.concatenate(cuts)  # (P,)
         self._length = np.diff(self._begin, append=size)
-        self._pool = max(1, POOL // lanes.count)
+        pool = POOL
+        if groups:
+            pool = min(POOL, POOL * self.block * _count_blocks(shard_sizes, groups, self.block) // max(1, size))
+        self._pool = max(1, pool // lanes.count)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
         self._group = lru_cache(maxsize=2 * lanes.count)(self._draw_group)
 
@@ -133,11 +171,29 @@ class LaneOrder:
         order = self._group(epoch, int(lane), group)
         begin = int(ends[group]) - len(order)
         sample = int(order[number - begin])
-        shard = int(np.searchsorted(self._first, sample, side="right")) - 1
-        low = sample - (sample - int(self._first[shard])) % self.block
-        members = np.flatnonzero((order >= low) & (order < min(low + self.block, int(self._first[shard + 1]))))
+        low, high = self._block(sample)
+        members = np.flatnonzero((order >= low) & (order < high))
         rounds, rest = np.divmod(first + begin + members, rows)
         return order[members], rounds * count * rows + int(lane) * rows + rest
+
+    def _block(self, sample: int) -> tuple[int, int]:
+        """First id, and the one behind the last, of the block with a sample."""
+        shard = int(np.searchsorted(self._first, sample, side="right")) - 1
+        if (own := self._row_groups.get(shard)) is not None:
+            number = int(np.searchsorted(own, sample, side="right")) - 1
+            return int(own[number]), int(own[number + 1])
+        first, end = self._first[shard : shard + 2].tolist()
+        low = sample - (sample - first) % self.block
+        return low, min(low + self.block, end)
+
+    def _blocks(self, begin: int, end: int) -> Int64:
+        """First id of each block of the samples `begin` to `end` - 1 of one shard. The first one is `begin`."""
+        shard = int(np.searchsorted(self._first, begin, side="right")) - 1
+        if (own := self._row_groups.get(shard)) is not None:
+            found = own[int(np.searchsorted(own, begin, side="right")) - 1 : int(np.searchsorted(own, end))]
+        else:
+            found = np.arange(self._block(begin)[0], end, self.block)
+        return np.maximum(found, begin)
 
     def _before(self, lanes: Int64, positions: Int64) -> Int64:
         """Number of samples of each lane that come before a position of the endless order, int64.
@@ -185,8 +241,7 @@ class LaneOrder:
                 break
             begin = int(begins[piece]) + low - before
             end = begin + high - low
-            grid = np.arange(int(begins[piece]), end, self.block)
-            cut = np.maximum(grid[grid + self.block > begin], begin)
+            cut = self._blocks(begin, end)
             starts.append(cut)
             lengths.append(np.diff(cut, append=end))
             spans.append(np.arange(begin, end))

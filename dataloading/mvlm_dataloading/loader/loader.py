@@ -265,7 +265,7 @@ class Loader:
             lanes = lanes_of(state)
             if lanes is not None and self._config.lanes is None:
                 raise DataError(
-                    f"{self.dataset.folder}: wanted a state of sample order 1, found one of order 2, which linked tars "
+                    f"{self.dataset.folder}: wanted a state of sample order 1, found one of order 2, which linked data "
                     "alone have; use the run's own state"
                 )
             self._config = replace(self._config, lanes=lanes)

@@ -4,9 +4,9 @@ import contextlib
 import ctypes
 import gc
 import logging
+import re
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.images.dali_decoder import ImageDecoder
 from mvlm_dataloading.links.samples import LinkedSample
 
-from .augment import Augment
 from .lanes import LaneOrder
 from .pixels import BufferPool, FileEnds
 from .ring import Ring
@@ -27,6 +26,8 @@ from .sampler import SampleOrder, substitute_sample
 from .segment import DecodedSegment, KeptSegment, KeptSplit, RawBatch, ReaderConfig, Segment, keep_split
 
 log = logging.getLogger(__name__)
+
+_NAMED = re.compile(r"Failed to decode sample #(\d{1,9})\b")
 
 # Each DALI pipeline reads one segment of the sample order. The first segment is short, so the first batch comes soon.
 # Each further one is twice as long, because building a pipeline takes time. The maximum bounds the size of index files.
@@ -68,23 +69,26 @@ class Reader:
             self._order = SampleOrder(dataset.shard_sizes, config.seed, shuffle=config.train, **together)
         else:
             assert dataset.links is not None
-            self._order = LaneOrder(dataset.shard_sizes, config.seed, config.lanes, **together)
+            groups = dataset.row_groups()
+            self._order = LaneOrder(dataset.shard_sizes, config.seed, config.lanes, groups=groups, **together)
             arguments = progress.position, config.batch_size, self._is_own, config.world_size
             self._ring = Ring(dataset, dataset.links, self._order, *arguments)
             self._start = progress.position
         self._segment: Segment | None = None
+        self._planned_at = 0
+        self._planned = np.empty(0, np.int64), np.empty(0, np.int64)  # ordered ids and epochs of the segment
         # The limit counts one rank's samples, so that more ranks do not mean more rebuilt pipelines. Remote shards are
         # fetched for all ranks' samples, so there the limit counts those.
         self._max_samples = MAX_SEGMENT_SAMPLES * (1 if dataset.remote is not None else config.world_size)
         if self._ring is not None:
             self._max_samples = MAX_RING_SEGMENT_SAMPLES * config.world_size
-        self._segment_batches = max(1, min(FIRST_SEGMENT_BATCHES, self._max_samples // config.batch_size))
+        self._segment_batches = self._first_batches()
         self._buffers = BufferPool()
         self._kept: KeptSplit | None = None
         # A pass reads each image once. On a GPU decoding takes no time from the CPU's cores.
         local = config.device_id is None and dataset.remote is None
         self._may_keep = config.keep_bytes > 0 and config.train and local and not progress.bad
-        self._file_ends = FileEnds()
+        self._file_ends, self._decoder = FileEnds(), ImageDecoder(None)
         self._samples_since_trim = self._closed_segments = 0
         self._fetching: threading.Thread | None = None
         self._stop_if_too_many_bad()
@@ -104,13 +108,14 @@ class Reader:
             except RuntimeError as error:
                 if not threading.main_thread().is_alive():
                     raise  # the interpreter is exiting and has shut DALI down; no image caused this error
-                found = self._undecodable(np.unique(self._segment.current()[0]))
+                found = self._cause(self._segment.current()[0], error)
                 if not found and again:
                     raise
                 if again := not found:  # a lack of memory, perhaps
                     log.warning("a batch is read again, because of an error that no image caused: %s", error)
                 self._mark_bad(found)
                 self._close_segment()
+                self._segment_batches = self._first_batches()  # which is soon there
         if not valid.all():
             self._replace(batch, np.flatnonzero(~valid))
         position, bad, seen = self.progress
@@ -121,6 +126,9 @@ class Reader:
         if self._samples_since_trim >= TRIM_EVERY_SAMPLES:
             self._trim_memory()
         return batch
+
+    def _first_batches(self) -> int:
+        return max(1, min(FIRST_SEGMENT_BATCHES, self._max_samples // self.config.batch_size))
 
     def close(self) -> None:
         """Release the pipeline and the remote shards."""
@@ -140,7 +148,8 @@ class Reader:
         count = self._segment_batches * config.batch_size
         if 2 * count <= self._max_samples:
             self._segment_batches *= 2
-        ids, epochs = self._samples(position, count)
+        ids, epochs = self._planned_samples(position, count)
+        count = len(ids) * config.world_size
         if self._kept is not None:
             return KeptSegment(self._kept, self._dataset, ids, epochs, config, config.rank_batch, self._buffers)
         linked = None
@@ -192,9 +201,21 @@ class Reader:
             with contextlib.suppress(AttributeError):  # only glibc has this function
                 ctypes.CDLL(None).malloc_trim(0)
 
+    def _planned_samples(self, position: int, count: int) -> tuple[Int64, Int64]:
+        """`_samples` for a segment. After an undecodable image these are the rest of its segment, or a part of it."""
+        begin, (ids, epochs) = (position - self._planned_at) // self.config.world_size, self._planned
+        if begin >= len(ids):
+            self._planned_at, begin = position, 0
+            self._planned = ids, epochs = self._ordered_samples(position, count)
+        rows = slice(begin, begin + count // self.config.world_size)
+        return self._without_bad(ids[rows], epochs[rows])
+
     def _samples(self, position: int, count: int) -> tuple[Int64, Int64]:
         """Ids and epochs of this rank's share of `count` ordered samples. Known bad samples are replaced."""
-        ids, epochs = self._ordered_samples(position, count)
+        return self._without_bad(*self._ordered_samples(position, count))
+
+    def _without_bad(self, ids: Int64, epochs: Int64) -> tuple[Int64, Int64]:
+        ids = ids.copy()
         for row in np.flatnonzero(np.isin(ids, list(self.progress.bad))):
             ids[row] = self._substitute(int(epochs[row]), int(ids[row]))
         return ids, epochs
@@ -287,33 +308,35 @@ class Reader:
         """A batch of one sample; None if it cannot be decoded."""
         if self._ring is None and self._dataset.remote is not None:
             self._dataset.remote.fetch([int(self._dataset.shard_of(i))])
+        if self._undecodable(np.array([i])):
+            return None
         with contextlib.suppress(RuntimeError):
-            self._decode_whole(np.array([i]))
             return self._read_once(np.array([i]), np.array([epoch]), self.config)
 
-    def _decode_whole(self, ids: Int64) -> None:
-        """Decode the whole images of the samples `ids`. Raises RuntimeError if one cannot be decoded.
+    def _cause(self, ids: Int64, error: RuntimeError) -> list[int]:
+        """Ids of undecodable images of a batch `ids`, for which DALI has raised an error.
 
-        In a truncated file, a crop above the cut still decodes. Decoding the whole image gives the same verdict in
-        every epoch, on every rank and in every batch.
+        Its decoder names one image, its reader of headers none. All are decoded if neither helps.
         """
-        config = replace(self.config, geometry=replace(self.config.geometry, random=False), augment=Augment())
-        self._read_once(ids, np.zeros_like(ids), config)
+        if named := _NAMED.search(str(error)):
+            suspects = ids[int(named[1]) : int(named[1]) + 1]
+        else:
+            suspects = ids[self._decoder.unreadable([self._encoded(i) for i in ids.tolist()])]
+        return self._undecodable(np.unique(suspects)) or self._undecodable(np.unique(ids))
 
     def _undecodable(self, ids: Int64) -> list[int]:
-        """Ids of the undecodable images among `ids`. Bisects, because DALI does not say which image failed."""
-        if not len(ids):
-            return []
-        try:
-            self._decode_whole(ids)
-        except RuntimeError:
-            if len(ids) == 1:
-                # If the build's decoder refuses it, too. DALI's refusal may also mean a lack of memory.
-                verdict = next(ImageDecoder(None)([self._dataset.image_bytes(int(ids[0]))]))
-                return ids.tolist() if isinstance(verdict, str) else []
-            half = len(ids) // 2
-            return self._undecodable(ids[:half]) + self._undecodable(ids[half:])
-        return []
+        """Ids of the undecodable images among `ids`.
+
+        The whole image is decoded: in a truncated file, a crop above the cut still decodes. So the verdict is the same
+        in every epoch, on every rank and in every batch. It is that of the build's decoder, because DALI's refusal may
+        also mean a lack of memory.
+        """
+        images = [self._encoded(i) for i in ids.tolist()]
+        found = zip(ids.tolist(), self._decoder(images), strict=True)
+        return [i for i, verdict in found if isinstance(verdict, str)]
+
+    def _encoded(self, i: int) -> bytes:
+        return self._dataset.image_bytes(i) if self._ring is None else self._ring.find(i).image
 
     def _mark_bad(self, found: list[int]) -> None:
         """Record undecodable images, and stop if there are too many."""

@@ -1,4 +1,4 @@
-"""Samples of linked tars that a rank is about to use: asked for ahead of time, block by block, and kept until used.
+"""Samples of linked data that a rank is about to use: asked for ahead of time, block by block, and kept until used.
 
 The order (`mvlm_dataloading.loader.lanes`) says which block a position needs, and which positions need the rest of the
 block. So each block is read once, by as few ranges as its samples lie in, and a sample leaves memory with its batch.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mvlm_dataloading.dataset.dali_index import Int64
 from mvlm_dataloading.dataset.dataset import Dataset
-from mvlm_dataloading.links.samples import AskedSamples, LinkedSample, LinkReader
+from mvlm_dataloading.links.samples import AskedRows, AskedSamples, LinkedSample, LinkReader
 from mvlm_dataloading.links.store import RangeStore
 
 from .lanes import LaneOrder
@@ -43,7 +43,7 @@ def ranges_at_a_time(ranks: int) -> int:
 
 
 class _Block(NamedTuple):
-    asked: AskedSamples
+    asked: AskedSamples | AskedRows
     ids: list[int]
     positions: list[int]
     """Positions in the sample order of the samples `ids`, which need not be ascending."""

@@ -1,7 +1,7 @@
 """Sample order 1, and the stored order: endless streams that are pure functions of (seed, position).
 
 Every sample comes once per epoch. A batch is a slice of the stream, so the order does not depend on the batch size, and
-a batch may begin in one epoch and end in the next. Training on linked tars has order 2
+a batch may begin in one epoch and end in the next. Training on linked data has order 2
 (`mvlm_dataloading.loader.lanes`).
 
 Shape legend: S shards, n samples of a slice.

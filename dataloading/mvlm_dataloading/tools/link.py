@@ -33,7 +33,7 @@ from mvlm_dataloading.links.scan import Scan, ScanOptions, columns_of
 from mvlm_dataloading.links.store import RangeStore
 from mvlm_dataloading.links.tables import scan_table
 from mvlm_dataloading.links.tars import scan_tar
-from mvlm_dataloading.links.urls import expand
+from mvlm_dataloading.links.urls import LINKED, PACKED, expand
 from mvlm_dataloading.sources.record import canonical_split, split_in_name
 from mvlm_dataloading.untrusted import parse_json, read_regular
 from mvlm_dataloading.urls import with_credentials
@@ -44,7 +44,6 @@ PLAN_BYTES = 256 << 20
 """Most bytes of a link.json."""
 _MOST_FAILED = 16
 """A pass ends when so many files cannot be linked."""
-_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 _IN_FLIGHT = 8
 
 
@@ -56,7 +55,8 @@ class LinkOptions:
     image: str = ""
     """File name extension of the images in tars, or their column in tables. Default: the only candidate."""
     split: str = ""
-    """Split of all files. Default: a word of a file's name (cc12m-validation-000.tar), else train."""
+    """Split of all files. Default: a word of a file's name (cc12m-validation-000.tar) or of its folder on the hub, else
+    train."""
 
     def to_json(self) -> dict[str, Any]:
         return {"captions": {**self.captions.to_json(), "image": self.image}, "split": self.split}
@@ -130,12 +130,12 @@ def merge_links(parts: Sequence[Path], out: Path) -> dict[str, Any]:
 
 def _checked(urls: list[str]) -> list[str]:
     for url in urls:
-        if url.endswith(_PACKED):
+        if url.endswith(PACKED):
             raise DataError(
                 f"{url}: wanted an uncompressed tar or a Parquet file, found a compressed one by its name; unpack it, "
                 "or convert it with `mvlm data webdataset`"
             )
-        if not url.endswith((".tar", ".parquet")):
+        if not url.endswith(LINKED):
             raise DataError(f"{url}: wanted a name that ends in .tar or .parquet, found another; name such files")
     return urls
 
@@ -219,8 +219,7 @@ def _scan(folder: Path, options: LinkOptions, task: tuple[int, str], report: Cal
     store = RangeStore(_IN_FLIGHT)
     try:
         linked = store.stat(url)
-        name = linked.url.rpartition("/")[2]
-        split = options.split or canonical_split(split_in_name(name) or "train", linked.url, "give --split")
+        split = options.split or canonical_split(_split_of(linked.url) or "train", linked.url, "give --split")
         scan = scan_table if is_table(linked.url) else scan_tar
         found = scan(store, linked, ScanOptions(options.captions, options.image))
     except DataError as error:
@@ -229,6 +228,8 @@ def _scan(folder: Path, options: LinkOptions, task: tuple[int, str], report: Cal
         store.close()
     records, file = found.records, _piece(folder, number)
     shard = {"tar": linked.url, "samples": len(records), "bytes": linked.size, "sha256": "", "etag": linked.etag}
+    if is_table(linked.url):
+        shard["groups"] = found.groups
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaced(file.with_suffix(".index")) as aside, aside.open("wb") as index:
         writer = IndexWriter(index, "", [shard], columns=found.columns)
@@ -237,6 +238,13 @@ def _scan(folder: Path, options: LinkOptions, task: tuple[int, str], report: Cal
     write_file(file, json.dumps({"split": split, "shard": shard, **_counted(found)}))
     report(len(records))
     return found.warning
+
+
+def _split_of(url: str) -> str | None:
+    """Split that the name of a file states, or on the hub a folder that it is in."""
+    *folders, name = url.split("/")
+    inside = folders[5:] if url.startswith("hf://") else []
+    return next(filter(None, map(split_in_name, [name, *reversed(inside)])), None)
 
 
 def _counted(found: Scan) -> dict[str, Any]:

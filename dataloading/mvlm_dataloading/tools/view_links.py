@@ -59,6 +59,9 @@ def view_links(out: Path, sources: Sequence[Path], options: ViewOptions, weights
                 number = captions.index(own)
                 linked = described if is_linked(one) else _as_linked(dataset, shard)
                 linked = {**linked, "samples": len(rows), **({"captions": number} if number else {})}
+                if "groups" in linked:
+                    of_row = np.searchsorted(np.cumsum(linked["groups"]), rows, side="right")
+                    linked["groups"] = [count for count in np.bincount(of_row).tolist() if count]
                 add_shard(splits, split, linked, count)
                 chosen.setdefault(split, []).append((dataset, shard, rows))
     if not splits:

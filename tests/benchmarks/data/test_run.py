@@ -13,7 +13,7 @@ from mvlm_benchmarks.data import photos, run
 from mvlm_dataloading import ShardWriter
 from support.data import make_image
 
-SETTINGS = {"rounds": 3, "batches": 8, "batch": 32, "size": 224}
+SETTINGS = {"rounds": 3, "batches": 8, "batch": 32, "size": 224, "threads": 2}
 
 
 @pytest.fixture(scope="module")

@@ -154,6 +154,18 @@ def test_redirects(spoiled, store) -> None:
             assert not asked.asked
 
 
+@pytest.mark.parametrize("url", ["s3://tests/content", "http://127.0.0.1:9/content"])
+def test_a_store_that_is_away_has_two_minutes(store, at_once, url: str) -> None:
+    """To come back, if files of it are linked; a wrong endpoint is told sooner."""
+    with reading_from("http://127.0.0.1:9"):
+        with pytest.raises(DataError, match=f"{module.OUTAGE_ATTEMPTS} attempts failed, the last with no connection"):
+            store.read(LinkedFile(url, 100, "x"), 0, 10)
+        with pytest.raises(DataError, match=f"{module.ATTEMPTS} attempts failed, the last with no connection"):
+            store.stat(url)
+    pauses = [0.5 * 2**k for k in range(module.OUTAGE_ATTEMPTS - 1)]
+    assert 0.5 * sum(pauses) > 60  # with the least jitter
+
+
 def test_no_credential_is_in_an_error(seaweed: Seaweed, store, at_once) -> None:
     seaweed.put("content", CONTENT)
     with reading_from(seaweed.s3):

@@ -1,7 +1,7 @@
 """Order 2 against its definition by explicit loops: lanes, rounds, blocks, pools, and the bytes that ranks read."""
 
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,15 +18,32 @@ def draw(purpose: Purpose, *values: int) -> int:
     return int(hash64(purpose, SEED, *values))
 
 
-def by_loops(sizes: list[int], lanes: Lanes, count: int, sets: dict[int, int] | None = None, per_image: int = 1):
+def by_loops(
+    sizes: list[int],
+    lanes: Lanes,
+    count: int,
+    sets: dict[int, int] | None = None,
+    per_image: int = 1,
+    groups: dict[int, list[int]] | None = None,
+):
     """The first `count` places of order 2: (id, epoch) each, one by one, from the description of `LaneOrder`."""
     total, firsts = sum(sizes), [sum(sizes[:k]) for k in range(len(sizes))]
     block = max(1, min(lanes.block, total // lanes_module.POOL))
     piece = block * max(1, total // (lanes_module.PIECES * block))
-    pool, step = max(1, lanes_module.POOL // lanes.count), max(1, lanes_module.GROUP // lanes.count)
-    pieces = [
-        range(a, min(a + piece, f + n)) for f, n in zip(firsts, sizes, strict=True) for a in range(f, f + n, piece)
-    ]
+    step = max(1, lanes_module.GROUP // lanes.count)
+    own_blocks, pieces = dict[int, int](), list[range]()  # first sample of each sample's block
+    for shard, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
+        of_shard = (groups or {}).get(shard) or [min(block, size - k) for k in range(0, size, block)]
+        at, begins = first, list[int]()
+        for length in of_shard:
+            if not begins or (at - first) // piece != (begins[-1] - first) // piece:
+                begins.append(at)
+            own_blocks |= dict.fromkeys(range(at, at + length), at)
+            at += length
+        pieces += [range(a, b) for a, b in pairwise([*begins, at])]
+    blocks = len(set(own_blocks.values()))
+    pool = min(lanes_module.POOL, lanes_module.POOL * block * blocks // total) if groups else lanes_module.POOL
+    pool = max(1, pool // lanes.count)
     found = []
     for epoch in range(count // total + 1):
         places = range(epoch * total, (epoch + 1) * total)
@@ -38,7 +55,7 @@ def by_loops(sizes: list[int], lanes: Lanes, count: int, sets: dict[int, int] | 
             mine, samples = samples[: lane_of.count(lane)], samples[lane_of.count(lane) :]
             start, queue = mine[0][0] if mine else 0, []
             for _, group in groupby(mine, key=lambda sample: (sample[0] - start) // step):
-                blocks = [list(part) for _, part in groupby(group, key=lambda s: (s[0], (s[2] - s[1]) // block))]
+                blocks = [list(part) for _, part in groupby(group, key=lambda s: (s[0], own_blocks[s[2]]))]
                 blocks.sort(key=lambda part: draw(Purpose.BLOCKS, epoch, part[0][2]))
                 keys = {}
                 for rank, part in enumerate(blocks):
@@ -88,6 +105,35 @@ def test_the_order_is_its_definition(sizes, lanes, small, request):
         assert sorted(ids[epochs == epoch].tolist()) == list(range(sum(sizes)))
     some = np.random.default_rng(0).integers(0, count, 50)
     assert LaneOrder(np.array(sizes), SEED, lanes).at(some)[0].tolist() == ids[some].tolist()
+
+
+TABLES: list[tuple[list[int], dict[int, list[int]], Lanes]] = [
+    ([7], {0: [7]}, Lanes(4, 2, 3)),  # one row group
+    ([40, 0, 33], {0: [9, 1, 30], 2: [11] * 3}, Lanes(8, 3, 4)),
+    ([100] * 9, {k: [30, 30, 30, 10] for k in range(0, 9, 2)}, Lanes(4, 2, 5)),  # tars between tables
+    ([300, 200], {0: [3] * 100, 1: [20] * 10}, Lanes(6, 5, 7)),
+]
+
+
+@pytest.mark.parametrize("sizes, groups, lanes", TABLES)
+@pytest.mark.parametrize("small", [True, False])
+def test_row_groups_are_blocks(sizes, groups, lanes, small, request):
+    if small:
+        request.getfixturevalue("few")
+    total = sum(sizes)
+    order = LaneOrder(np.array(sizes), SEED, lanes, groups={shard: np.array(own) for shard, own in groups.items()})
+    ids, epochs = order.at(np.arange(3 * total))
+    assert list(zip(ids.tolist(), epochs.tolist(), strict=True)) == by_loops(sizes, lanes, 3 * total, groups=groups)
+    for epoch in range(3):
+        assert sorted(ids[epochs == epoch].tolist()) == list(range(total))
+    ends = {shard: sum(sizes[:shard]) + np.cumsum(own) for shard, own in groups.items()}
+    for position in range(total, 2 * total):
+        own, places = order.block_of(position)
+        assert position in places
+        assert ids[places].tolist() == own.tolist()
+        shard = int(np.searchsorted(np.cumsum(sizes), own[0], side="right"))
+        if shard in groups:
+            assert len(set(np.searchsorted(ends[shard], own, side="right").tolist())) == 1
 
 
 @pytest.mark.parametrize("per_image", [2, 3])
@@ -158,12 +204,28 @@ def test_a_block_has_the_ids_and_positions_of_its_samples(few, sizes, lanes):
      (1, 10, 4, (1, 1)), (3, 576, 1, (192, 3)), (128, 512, 1, (128, 4))],
 )  # fmt: skip
 def test_lanes_divide_a_step_and_ranks_divide_lanes(waves_train, parts, round_size, per_image, lanes):
-    linked = replace(waves_train, links=SimpleNamespace(has_tables=False))
+    linked = replace(waves_train, links=SimpleNamespace())
     found = choose_lanes(linked, parts, round_size, per_image)
     assert found is not None
     assert found[:2] == lanes
     mean = sum(shard["bytes"] for shard in waves_train.shards) / len(waves_train)
     assert found.block == round(2e6 / mean)
     assert choose_lanes(waves_train, parts, round_size, per_image) is None
-    tables = replace(waves_train, links=SimpleNamespace(has_tables=True))
-    assert choose_lanes(tables, parts, round_size, per_image) is None
+
+
+@pytest.mark.parametrize(
+    "groups, group_bytes, parts, lanes",
+    [(5000, 10**6, 1, 64), (200, 10**6, 1, 4), (200, 10**6, 3, 12), (9, 10**6, 1, 1), (5000, 10**8, 1, 16),
+     (5000, 10**8, 32, 32)],
+)  # fmt: skip
+def test_row_groups_have_fewer_lanes_if_they_are_few_or_large(waves_train, groups, group_bytes, parts, lanes):
+    """So that few are cut by the ends of lanes, and a block of each lane fits into memory."""
+    shard = {"samples": 100 * groups, "bytes": groups * group_bytes, "groups": [100] * groups}
+    description = {"splits": {"train": {"shards": [shard]}}}
+    index = SimpleNamespace(first=np.array([0, 100 * groups]))
+    table = replace(
+        waves_train, links=SimpleNamespace(), description=description, index=index, start=0, stop=100 * groups
+    )
+    found = choose_lanes(table, parts, 3 * 512, 1)
+    assert found is not None
+    assert found.count == lanes

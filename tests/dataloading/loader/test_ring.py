@@ -1,18 +1,19 @@
-"""Linked tars in sample order 2: batches of any ranks, resumed, bytes that are read, and ranges that are in flight."""
+"""Linked data in sample order 2: batches of any ranks, resumed, bytes that are read, and ranges that are in flight."""
 
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mvlm_dataloading import DataError, Dataset, open_dataset
+from mvlm_dataloading import DataError, Dataset, ViewOptions, make_view, open_dataset
 from mvlm_dataloading.links import store
 from mvlm_dataloading.links.captions import parse_captions_option
-from mvlm_dataloading.loader import ring
+from mvlm_dataloading.loader import ring, segment
 from mvlm_dataloading.loader.lanes import LaneOrder
 from mvlm_dataloading.loader.resume import lanes_of
 from mvlm_dataloading.loader.sampler import SampleOrder, substitute_sample
@@ -20,6 +21,8 @@ from mvlm_dataloading.tools.link import LinkOptions, link_files
 from support.data import wave_tokenizer
 from support.linked import write_table, write_tars
 from support.loaders import make_loader, rows, take
+
+parquet = pytest.importorskip("pyarrow.parquet")
 
 TARS, SAMPLES = 3, 32
 
@@ -146,6 +149,24 @@ def test_substitutes_of_damaged_images_are_the_same_on_all_ranks(tmp_path, caplo
     assert "cannot be decoded" in caplog.text
 
 
+def test_a_damaged_image_costs_one_more_pipeline(tmp_path, monkeypatch):
+    """Of few samples, so that the batch goes on soon: it is found by DALI's word, not by a search."""
+    dataset = linked(tmp_path, list(map(str, write_tars(tmp_path / "tars", TARS, SAMPLES, damaged={1, 41, 69}))))
+    built, own = [], segment.build_pipeline
+
+    def build_pipeline(*arguments, **settings):
+        built.append(len(arguments[1]))
+        return own(*arguments, **settings)
+
+    monkeypatch.setattr(segment, "build_pipeline", build_pipeline)
+    loader = make_loader(dataset, wave_tokenizer(), batch_size=16)
+    take(loader, 12)
+    assert loader.skipped == 3
+    loader.close()
+    assert len(built) <= 4
+    assert max(built) <= 16 * 16
+
+
 def test_many_ranges_are_in_flight(tars, monkeypatch):
     """While the first batch waits, as many are read as the pool has threads; and nothing twice."""
     at_once, most, lock, gate = 0, 0, threading.Lock(), threading.Event()
@@ -193,20 +214,100 @@ def test_a_file_that_changed_ends_the_run_by_name(tars, tmp_path):
     loader.close()
 
 
-def test_tables_and_states_of_order_1_keep_their_order(tars, tmp_path):
-    """Parquet files are read by whole shards; runs that began so go on so."""
-    table = write_table(tmp_path / "rows.parquet", range(40), by_datasets=False)
-    rows_of = linked(tmp_path / "table", [str(table)], "caption")
-    samples, state = on_ranks(rows_of, 1, 2)
-    assert state["order"] == 1
-    assert "lanes" not in state
-    assert [row["sample"] for row in samples] == SampleOrder(rows_of.shard_sizes, 5, shuffle=True)(0, 32)[0].tolist()
+@pytest.fixture
+def tables(tmp_path: Path) -> Dataset:
+    """Three Parquet files of 80 row groups each, with columns that nobody wants."""
+    urls = []
+    for number in range(3):
+        path = write_table(tmp_path / f"{number}.parquet", range(160 * number, 160 * (number + 1)), by_datasets=False)
+        table = parquet.read_table(path)
+        table = table.add_column(1, "not wanted", [[f"{i:05d}" * 200 for i in range(160)]])
+        parquet.write_table(table, path, row_group_size=2, use_dictionary=False)
+        urls.append(str(path))
+    return linked(tmp_path / "tables", urls, "caption,others")
 
-    own = make_loader(tars, wave_tokenizer(), batch_size=16).state_dict()
+
+def needed_bytes(dataset: Dataset) -> int:
+    """Bytes of the columns of images and captions, by pyarrow."""
+    total = 0
+    for shard in dataset.shards:
+        metadata = parquet.read_metadata(shard["tar"])
+        for group in range(metadata.num_row_groups):
+            chunks = [metadata.row_group(group).column(k) for k in range(metadata.num_columns)]
+            names = ("image", "caption", "others")
+            total += sum(one.total_compressed_size for one in chunks if one.path_in_schema.split(".")[0] in names)
+    return total
+
+
+@pytest.mark.slow
+def test_ranks_read_each_row_group_of_tables_once(tables, read, nothing_ahead):
+    """The same batches on 1, 2 and 4 ranks over two epochs, and resumed; wanted columns and footers alone are read."""
+    wanted, state = on_ranks(tables, 4, 60)
+    assert state["order"] == 2
+    lanes = state["lanes"]
+    samples = [row["sample"] for row in wanted]
+    for epoch in range(2):
+        assert sorted(samples[480 * epoch : 480 * (epoch + 1)]) == list(range(480))
+    footers = sum(int.from_bytes(Path(one["tar"]).read_bytes()[-8:-4], "little") + 16 for one in tables.shards)
+    for ranks in (1, 2, 4):
+        read.clear()
+        assert on_ranks(tables, ranks, 60)[0] == wanted
+        sent = sum(end - begin for _, begin, end in read) - ranks * footers
+        assert sent <= 1.05 * 2 * needed_bytes(tables)
+    found, state = on_ranks(tables, 2, 7)
+    for ranks, batches in ((4, 20), (1, 5)):
+        more, state = on_ranks(tables, ranks, batches, state)
+        found += more
+    assert state["lanes"] == lanes
+    assert found == wanted[: 32 * 16]
+
+
+def test_tables_and_tars_are_mixed(tables, tars, tmp_path):
+    """Rows of a view, twice or not at all, in the row groups that they lie in."""
+    make_view(tmp_path / "mix", [tables.folder, tars.folder], options=ViewOptions(match="[1-9]"), weights=[1.5, 1])
+    mix = open_dataset(tmp_path / "mix", "train")
+    samples, state = on_ranks(mix, 2, len(mix) // 16)
+    assert state["order"] == 2
+    assert len({row["sample"] for row in samples}) == len(mix) // 16 * 16
+    shown = {sample["sample"]: sample["pixels"] for sample in samples}
+    copies = [i for i in range(1, len(mix)) if mix.image_bytes(i) == mix.image_bytes(i - 1)]
+    assert len(copies) > 100
+    order_1, _ = on_ranks(mix, 1, 2 * len(mix) // 16, state_of_order_1(mix))
+    pixels = {row["sample"]: row["pixels"] for row in order_1[: len(mix)]}
+    assert all(pixels[i] == one for i, one in shown.items() if i in pixels)
+
+
+def state_of_order_1(dataset: Dataset) -> dict:
+    own = make_loader(dataset, wave_tokenizer(), batch_size=16).state_dict()
     del own["lanes"]
-    samples, state = on_ranks(tars, 1, 3, own | {"order": 1})
-    assert state["order"] == 1
-    assert [row["sample"] for row in samples] == SampleOrder(tars.shard_sizes, 5, shuffle=True)(0, 48)[0].tolist()
+    return own | {"order": 1}
+
+
+def test_states_of_order_1_keep_their_order(tars, tables):
+    """The cache then has whole shards."""
+    for dataset in (tars, tables):
+        samples, state = on_ranks(dataset, 1, 3, state_of_order_1(dataset))
+        assert state["order"] == 1
+        wanted = SampleOrder(dataset.shard_sizes, 5, shuffle=True)(0, 48)[0].tolist()
+        assert [row["sample"] for row in samples] == wanted
+
+
+def test_row_groups_that_the_description_does_not_have(tables):
+    """A description that joins row groups ends the run: no sample is taken from another row."""
+    path = tables.folder / "dataset.json"
+    found = json.loads(path.read_text())
+    for shard in found["splits"]["train"]["shards"]:
+        shard["groups"] = [shard["samples"]]
+    forged = replace(tables, description=found)
+    loader = make_loader(forged, wave_tokenizer(), batch_size=16)
+    with pytest.raises(DataError, match="link again"):
+        take(loader, 30)
+    loader.close()
+    for groups in ([1], [0, 160], "160", None):
+        found["splits"]["train"]["shards"][0]["groups"] = groups
+        path.write_text(json.dumps(found))
+        with pytest.raises(DataError, match="groups"):
+            open_dataset(tables.folder, "train")
 
 
 def test_a_state_of_order_2_is_refused_for_a_built_folder(waves_train):

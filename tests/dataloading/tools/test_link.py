@@ -1,14 +1,17 @@
 """`tools.link`: tars and Parquet files of real writers, linked where they are, opened, loaded, resumed and in parts."""
 
+import base64
 import io
 import os
 import re
 import shutil
+import struct
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +26,9 @@ from mvlm_dataloading import (
     open_dataset,
     rebuild_indices,
 )
+from mvlm_dataloading.images.dali_decoder import ImageDecoder
 from mvlm_dataloading.links.captions import parse_captions_option
+from mvlm_dataloading.links.scan import image_fault
 from mvlm_dataloading.tools import link as module
 from mvlm_dataloading.tools.check import contact_sheet, findings_table
 from mvlm_dataloading.tools.link import LinkOptions, link_files, merge_links
@@ -217,6 +222,19 @@ def test_samples_that_are_left_out(tmp_path: Path) -> None:
         link(tmp_path / "a.tar", tmp_path / "none", "json:caption")
 
 
+def test_pngs_whose_checksums_tell_of_damage(tmp_path: Path) -> None:
+    """The decoder refuses what is left out."""
+    png = picture(1, "png")
+    decoder, taken = ImageDecoder(None), {}
+    for at in range(33, len(png) - 12):
+        content = bytes((*png[:at], png[at] ^ 4, *png[at + 1 :]))
+        taken[at] = image_fault(content) is None
+        if not taken[at]:
+            assert isinstance(next(decoder([content])), str)
+    assert not taken[png.index(b"IDAT") + 20]
+    assert image_fault(png) is None
+
+
 def test_a_tar_that_was_cut(tars: Path, tmp_path: Path, caplog) -> None:
     """At every block: the samples before the cut are linked, nothing is invented, and it is said."""
     content = (tars / "00000.tar").read_bytes()
@@ -295,6 +313,98 @@ def test_bad_files_have_one_line_each(name: str, content: bytes | str | None, wo
     assert name in str(caught.value) or "out" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def _gif(width: int, height: int) -> bytes:
+    image = struct.pack("<HHHHB", 0, 0, width, height, 0)
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + b"," + image + b"\x02\x02D\x01\x00;"
+
+
+def _bmp(width: int, height: int) -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 100, 0, 0, 54) + header + bytes(46)
+
+
+@pytest.mark.parametrize(
+    "members, reason",
+    [
+        ({"1.jpg": b"", "1.txt": b"x"}, "image file is empty"), ({"1.jpg": picture(1)}, "no caption"),
+        ({"1.gif": _gif(65000, 65000), "1.txt": b"x"}, "image has too many pixels"),
+        ({"1.bmp": _bmp(60000, 60000), "1.txt": b"x"}, "image has too many pixels"),
+        ({"1.jpg": picture(1), "1.txt": b"\xff\xfe\xff"}, "no caption"),
+        ({"1.jpg": picture(1), "1.json": b"[1, 2]"}, "no caption"),
+        ({"1.jpg": picture(1), "1.json": b'{"caption": '}, "no caption"),
+        ({"1.jpg": "/etc/passwd", "1.txt": b"x"}, "no image"),
+        ({"1.jpg": picture(1), "1.txt": "/etc/passwd"}, "no caption"),
+        ({"1.jpg": picture(1, "png"), "1.txt": b"x"}, None), ({"/abs/1.jpg": picture(1), "/abs/1.txt": b"x"}, None),
+        ({"../../1.jpg": picture(1), "../../1.txt": b"x"}, None), ({"0.jpg": picture(1), "0.txt": b"x"}, None),
+    ],
+)  # fmt: skip
+def test_bad_samples_are_left_out_and_counted(members: dict[str, bytes | str], reason: str | None, tmp_path) -> None:
+    """A good sample beside them stays. Files that are odd alone are taken; no path leads anywhere. A text is a link."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in {"z.jpg": picture(0), "z.txt": b"good", **members}.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+            else:
+                member.size = len(content)
+            tar.addfile(member, io.BytesIO(content) if isinstance(content, bytes) else None)
+    found = link(tmp_path / "a.tar", tmp_path / "out", "txt,json:caption")
+    dataset = open_dataset(tmp_path / "out", "train")
+    captions = [dataset.captions(i)[0] for i in range(len(dataset))]
+    assert captions == (["good"] if reason else ["good", "x"])
+    assert found["rejected"] == ({reason: 1} if reason else {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "cache", "out"]
+
+
+@pytest.mark.parametrize(
+    "images, captions, wanted",
+    [
+        ("with nulls", ["a", "b", "c", "d"], 2), ("bytes", ["a", None, "", "d"], 2),
+        ("bytes", [["a"], [], None, ["d"]], 2), ("large", ["a", "b", "c", "d"], 4), ("bytes", [1, 2, 3, 4], 4),
+        ("numbers", ["a"] * 4, "one column with the bytes"),
+        ("lists", ["a"] * 4, "one column with the bytes"), ("encrypted", ["a"] * 4, "encrypted"),
+    ],
+)  # fmt: skip
+def test_odd_tables(images: str, captions: list, wanted: int | str, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    own = [picture(k) for k in range(4)]
+    column = {
+        "with nulls": pyarrow.array([own[0], None, b"", own[3]], pyarrow.binary()),
+        "large": pyarrow.array(own, pyarrow.large_binary()),
+        "numbers": [1, 2, 3, 4],
+        "lists": [[one] for one in own],
+    }.get(images, own)
+    table = pyarrow.table({"image": column, "caption": captions})
+    further = {"encryption_properties": _encryption()} if images == "encrypted" else {}
+    with parquet.ParquetWriter(tmp_path / "a.parquet", table.schema, **further) as writer:
+        writer.write_table(table)
+    if isinstance(wanted, int):
+        assert link(tmp_path / "a.parquet", tmp_path / "out", "caption")["splits"]["train"]["samples"] == wanted
+        return
+    with pytest.raises(DataError, match=wanted) as caught:
+        link(tmp_path / "a.parquet", tmp_path / "out", "caption")
+    assert "\n" not in str(caught.value)
+
+
+def _encryption() -> Any:
+    """Encryption of the columns under a footer that all can read, which would end a process that asks pyarrow of it."""
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Keys(encryption.KmsClient):
+        def wrap_key(self, key, name):
+            return base64.b64encode(key)
+
+        def unwrap_key(self, key, name):
+            return base64.b64decode(key)
+
+    names = {"footer_key": "of the footer", "column_keys": {"of columns": ["image", "caption"]}}
+    settings = encryption.EncryptionConfiguration(**names, plaintext_footer=True)
+    factory = encryption.CryptoFactory(lambda _: Keys())
+    return factory.file_encryption_properties(encryption.KmsConnectionConfig(), settings)
 
 
 def test_a_pass_over_a_bad_network(seaweed: Seaweed, uploaded: str, tmp_path: Path) -> None:
