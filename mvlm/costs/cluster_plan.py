@@ -9,11 +9,14 @@ Shape legend: W GPUs, A microbatches of a GPU, b pairs of a microbatch, n = A b 
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 from mvlm.config.groups import FULL, MAX_GRAPHS, PartSettings
 from mvlm.config.model import MaskVLMConfig
+from mvlm.config.stages import parse_stages
 from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost, StepShape, step_cost
 from mvlm.errors import ConfigError
 from mvlm.objectives.step import MAX_LOGITS
@@ -389,13 +392,16 @@ def scaling(setting: ClusterSetting, cost: StepCost, most: int = 4096) -> list[t
     return rows
 
 
-def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate: float = 0.0) -> str:
+def format_plan(
+    setting: ClusterSetting, pairs: int, epochs: float, loader_rate: float = 0.0, stages: Sequence[str] = ()
+) -> str:
     """Format the plan as text.
 
     Args:
         pairs: pairs of the data set.
         epochs: passes over it.
         loader_rate: measured pairs per second of one node's loader; 0 for not measured.
+        stages: sides of images by stage, as of a run (`mvlm.config.stages`). The rest of the plan is for the model's.
     """
     cost = step_cost(setting.model, setting.shape)
     node, gpu = NODES[setting.gpu], GPUS[setting.gpu]
@@ -430,6 +436,7 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         f"The loader of each node has to deliver {per_second / setting.nodes:,.0f} pairs/s"
         + (f"; measured {loader_rate:,.0f}" + (": it is the limit" if loader_rate < per_second / setting.nodes else "")
            if loader_rate else ""),
+        *_stage_rows(setting, stages, steps, step),
         "",
         "More nodes, same pairs per GPU",
         *(f"  {row.ranks:6,} GPUs {row.batch_size:10,} pairs {1e3 * at.step:8.1f} ms, "
@@ -452,6 +459,30 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         "  not counted in time: optimizer step, loader, evaluation, checkpoints",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _stage_rows(setting: ClusterSetting, stages: Sequence[str], steps: float, whole: float) -> list[str]:
+    """Time of each stage, and of all against steps of `whole` seconds; none for a run of one stage."""
+    if not stages:
+        return []
+    found, seconds = parse_stages(stages, setting.model, math.ceil(steps)), 0.0
+    rows = ["", "Stages                        steps   GFLOP per pair   memory, GB   step, ms   pairs/s a node   hours"]
+    for stage, following in zip_longest(found, found[1:]):
+        at = replace(setting, model=stage.model)
+        cost = step_cost(at.model, at.shape)
+        step, made = planned_step(at, cost).step, (steps if following is None else following.start) - stage.start
+        seconds += made * step
+        patches = f"{stage.model.image_size} px, {stage.model.masked_patches} of {stage.model.num_patches} masked"
+        flops = (cost.forward + cost.backward) * at.ranks / at.batch_size
+        memory = sum(gpu_memory(at, cost).values())
+        rows.append(
+            f"  {patches:<25}{made:8,.0f}{flops / GB:17.1f}{memory / GB:13.2f}{1e3 * step:11.1f}"
+            f"{at.batch_size / at.nodes / step:17,.0f}{made * step / 3600:8.1f}"
+        )
+    return [
+        *rows,
+        f"  all in {seconds / 3600:,.1f} hours, {100 * seconds / (steps * whole):.0f} % of those in one stage",
+    ]
 
 
 def memory_table(setting: ClusterSetting, cost: StepCost) -> list[str]:
