@@ -150,6 +150,7 @@ class ClusterSetting:
         return StepShape(
             pairs=self.pairs,
             ranks=self.ranks,
+            nodes=self.nodes,
             microbatches=self.accumulate,
             tokens=min(TOKENS, self.model.text_length),
             longest=min(LONGEST, self.model.text_length),
@@ -242,16 +243,29 @@ def collectives(setting: ClusterSetting, trained: int) -> list[Collective]:
     image, text = 2 * pairs * (1 + model.num_patches) * width, 2 * pairs * min(TOKENS, model.text_length) * width
     embedding = model.itc_width * (1 if in_blocks(setting) else 2)  # of a pair: the caption, or the image too
     return [
-        Collective("all-gather", "ids and draws", 3 * 8 * own, ranks),
-        Collective("all-gather", "ids and draws", 2 * 4 * own, ranks),
-        Collective("all-gather", "embeddings", 2 * embedding * own, ranks),
-        Collective("reduce-scatter", "embeddings", 4 * embedding * own, ranks),  # their gradients, in fp32
+        *_gathers(setting, "all-gather", "ids and draws", 3 * 8 * own),
+        *_gathers(setting, "all-gather", "ids and draws", 2 * 4 * own),
+        *_gathers(setting, "all-gather", "embeddings", 2 * embedding * own),
+        *_gathers(setting, "reduce-scatter", "embeddings", 4 * embedding * own),  # their gradients, in fp32
         Collective("all-to-all", "features", image, ranks, 2 * repeats, senders=senders),
         Collective("all-to-all", "features", text, ranks, 2 * repeats, senders=senders),
         *(_columns(setting) if in_blocks(setting) else ()),
         Collective("all-reduce", "losses and counts", 8, ranks),
         Collective("all-reduce", "losses and counts", 7 * 4, ranks),
+        Collective("all-reduce", "verdict and figures", 4 * (3 + 3 * ranks), ranks),  # mvlm.distributed.step_exchange
         *(_sharded if setting.sharded else _replicated)(setting, trained),
+    ]
+
+
+def _gathers(
+    setting: ClusterSetting, kind: Literal["all-gather", "reduce-scatter"], label: str, part: float
+) -> list[Collective]:
+    """Gather of a rank's part, in bytes, or its way back: between nodes and in each node, if there are several."""
+    if setting.nodes == 1 or setting.per_node == 1:
+        return [Collective(kind, label, part, setting.ranks)]
+    return [
+        Collective(kind, label, part, setting.nodes, across=True),
+        Collective(kind, label, part * setting.nodes, setting.per_node),
     ]
 
 
@@ -330,6 +344,7 @@ OVERLAP = {
     "columns of logits": 0.0,
     "features": 1 / 6,
     "losses and counts": 1 / 6,
+    "verdict and figures": 0.0,
     "gradients": 0.4,
     "parameters": 1.0,
 }
@@ -373,7 +388,8 @@ def _logit_seconds(setting: ClusterSetting) -> float:
 
 def in_blocks(setting: ClusterSetting) -> bool:
     """True if ITC computes its logits in blocks, both directions at once."""
-    return setting.batch_size // setting.ranks > max(1, most_logits(setting) // setting.batch_size)
+    own, alone = setting.batch_size // setting.ranks, setting.ranks == setting.accumulate == 1
+    return not alone and own >= max(1, MAX_LOGITS // setting.batch_size)
 
 
 def most_logits(setting: ClusterSetting) -> int:
