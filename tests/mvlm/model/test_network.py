@@ -92,7 +92,7 @@ AT = [{}, {"drop_masked": True}, {"mim_rows": "masked", "mim_share": 0.5}, {"out
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 @pytest.mark.parametrize("changes", AT, ids=str)
 @pytest.mark.parametrize("side, ratio", [(48, 0.4), (16, 0.6)])
-def test_images_of_another_side_are_those_of_a_model_with_resized_positions(side, ratio, changes, plan):
+def test_images_of_another_side_are_those_of_a_resized_model(side, ratio, changes, plan):
     """Losses and gradients of a model of that side whose positions torch interpolated from the parameters."""
     model = micro_model(**changes)
     other = micro_model(image_size=side, image_mask_ratio=ratio, **changes)
