@@ -31,6 +31,7 @@ def plan(
     evaluation: tuple[int, ...] = (),
     task: str = "",
     image_size: int = 0,
+    stages: tuple[str, ...] = (),
     text_length: int = 0,
     train_image: Learning = "full",
     train_text: Learning = "full",
@@ -60,6 +61,7 @@ def plan(
         evaluation: Images, captions and candidates of an evaluation to plan too, for example 5000 25000 256.
         task: Plan fine-tuning on this task instead of pretraining.
         image_size: Side of images in pixels. 0: the preset's.
+        stages: Sides of images by stage, as of `mvlm pretrain`, for example 0:96 8000:224.
         text_length: Longest text in tokens. 0: the preset's.
         train_image: Learning of the image encoder: full, lora or frozen.
         train_text: Learning of the text encoder.
@@ -126,9 +128,11 @@ def plan(
             raise ConfigError("plan: wanted no --loader-rate with --task, whose plan has no loader; leave it out")
         if setting.sharded:
             raise ConfigError("plan: wanted --parallel ddp with --task, which plans DDP; leave --parallel out")
+        if stages:
+            raise ConfigError("plan: wanted no --stages with --task, whose runs have one side; leave them out")
         say(format_task_plan(task, setting, parse_count(data), epochs))
     else:
-        say(format_plan(setting, parse_count(data), epochs, loader_rate))
+        say(format_plan(setting, parse_count(data), epochs, loader_rate, stages))
     if evaluation:
         from mvlm.costs.evaluation_cost import format_evaluation
 

@@ -340,6 +340,10 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
         """True if steps need few different shapes, and the step's number as a tensor: a captured or compiled step."""
         return False
 
+    def model_at(self, step: int) -> MaskVLMConfig:
+        """Settings of the model, with the side of images and the share of masks after so many updates."""
+        return self.model
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""
         return {name: intact(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
@@ -431,6 +435,15 @@ class ClassesSettings:
     classified, by ITC; with `eval_images` so many of them, evenly spread."""
     templates: Path | None = None
     """A file with a text a line that stands for a class, with {} for its name. Default: the name alone."""
+
+
+@settings(resume_may_change=False)
+class StageSettings:
+    """Stages of a run, of different sides of images. A resumed run keeps these."""
+
+    stages: tuple[str, ...] = ()
+    """Sides of images by stage, as STEP:SIDE, such as 0:96 8000:224: the first 8,000 updates at 96 px, all others at
+    224 px, the model's own side. STEP:SIDE:MASKED also sets `image_mask_ratio`. Default: one side."""
 
 
 MAX_GRAPHS = 8

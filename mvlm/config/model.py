@@ -55,7 +55,7 @@ class MaskVLMConfig(Masking):
     """Also contrast the images with the masked captions, which MLM encodes anyway. ITC is then the mean of both."""
     cross_norm: Annotated[Literal["post", "pre"], NO_FLAG] = "post"
     """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
-    initialization: Literal["normal", "xavier"] = "normal"
+    initialization: Annotated[Literal["normal", "xavier"], NO_FLAG] = "normal"
     """Initial weights of linear layers: trunc_normal(0.02), meant for widths near 768, or Xavier, for any width. The
     layers that reconstruct pixels always have trunc_normal(0.02)."""
     output_positions: bool = False

@@ -1,6 +1,7 @@
 """Configuration of a pretraining run: the settings of every run, those of pretraining alone, and recipes."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ from mvlm.config.groups import (
     MuonSettings,
     ObjectiveSettings,
     RunConfig,
+    StageSettings,
     WeightSettings,
 )
 from mvlm.config.model import MaskVLMConfig
+from mvlm.config.stages import Stage, parse_stages
 from mvlm.errors import ConfigError
 
 # Chosen on two CPU cores, with images of 64 pixels, for a run of five minutes. docs/evidence/lab_log.md has the other
@@ -115,6 +118,7 @@ STARTS = {
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(
     CaptureSettings,
+    StageSettings,
     ClassesSettings,
     ForgettingSettings,
     WeightSettings,
@@ -126,6 +130,9 @@ class PretrainConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stages and self.model.image_tower:
+            raise ConfigError(f"stages: wanted none with an image_tower, got {' '.join(self.stages)}; leave them out")
+        parse_stages(self.stages, self.model, self.max_steps)
         if self.classes is not None and not self.eval_every_steps:
             raise ConfigError("classes: wanted --eval-every-steps, at which they are classified, got none; give it")
         if self.templates is not None and self.classes is None:
@@ -182,6 +189,14 @@ class PretrainConfig(
                 f"initial_model: wanted no further weights and no tokenizer, got {', '.join(others)}; "
                 f"the model has its own encoders and tokenizer"
             )
+
+    @cached_property
+    def parsed_stages(self) -> tuple[Stage, ...]:
+        """Stages of the run; one of the model's own side without `stages`."""
+        return parse_stages(self.stages, self.model, self.max_steps)
+
+    def model_at(self, step: int) -> MaskVLMConfig:
+        return next(stage.model for stage in reversed(self.parsed_stages) if stage.start <= step)
 
     def starts_random(self, part: str) -> bool:
         """True if a part of the model, one of `STARTS`, starts from random weights."""

@@ -9,11 +9,14 @@ Shape legend: W GPUs, A microbatches of a GPU, b pairs of a microbatch, n = A b 
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 from mvlm.config.groups import FULL, MAX_GRAPHS, PartSettings
 from mvlm.config.model import MaskVLMConfig
+from mvlm.config.stages import parse_stages
 from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost, StepShape, step_cost
 from mvlm.errors import ConfigError
 from mvlm.objectives.step import MAX_LOGITS
@@ -147,6 +150,7 @@ class ClusterSetting:
         return StepShape(
             pairs=self.pairs,
             ranks=self.ranks,
+            nodes=self.nodes,
             microbatches=self.accumulate,
             tokens=min(TOKENS, self.model.text_length),
             longest=min(LONGEST, self.model.text_length),
@@ -241,16 +245,29 @@ def collectives(setting: ClusterSetting, trained: int) -> list[Collective]:
     image, text = 2 * pairs * (1 + model.num_patches) * width, 2 * pairs * min(TOKENS, model.text_length) * width
     embedding = model.itc_width * (1 if in_blocks(setting) else 2)  # of a pair: the caption, or the image too
     return [
-        Collective("all-gather", "ids and draws", 3 * 8 * own, ranks),
-        Collective("all-gather", "ids and draws", 2 * 4 * own, ranks),
-        Collective("all-gather", "embeddings", 2 * embedding * own, ranks),
-        Collective("reduce-scatter", "embeddings", 4 * embedding * own, ranks),  # their gradients, in fp32
+        *_gathers(setting, "all-gather", "ids and draws", 3 * 8 * own),
+        *_gathers(setting, "all-gather", "ids and draws", 2 * 4 * own),
+        *_gathers(setting, "all-gather", "embeddings", 2 * embedding * own),
+        *_gathers(setting, "reduce-scatter", "embeddings", 4 * embedding * own),  # their gradients, in fp32
         Collective("all-to-all", "features", image, ranks, 2 * repeats, senders=senders),
         Collective("all-to-all", "features", text, ranks, 2 * repeats, senders=senders),
         *(_columns(setting) if in_blocks(setting) else ()),
         Collective("all-reduce", "losses and counts", 8, ranks),
         Collective("all-reduce", "losses and counts", 7 * 4, ranks),
+        Collective("all-reduce", "verdict and figures", 4 * (3 + 3 * ranks), ranks),  # mvlm.distributed.step_exchange
         *(_sharded if setting.sharded else _replicated)(setting, trained),
+    ]
+
+
+def _gathers(
+    setting: ClusterSetting, kind: Literal["all-gather", "reduce-scatter"], label: str, part: float
+) -> list[Collective]:
+    """Gather of a rank's part, in bytes, or its way back: between nodes and in each node, if there are several."""
+    if setting.nodes == 1 or setting.per_node == 1:
+        return [Collective(kind, label, part, setting.ranks)]
+    return [
+        Collective(kind, label, part, setting.nodes, across=True),
+        Collective(kind, label, part * setting.nodes, setting.per_node),
     ]
 
 
@@ -335,6 +352,7 @@ OVERLAP = {
     "columns of logits": 0.0,
     "features": 1 / 6,
     "losses and counts": 1 / 6,
+    "verdict and figures": 0.0,
     "gradients": 0.4,
     "parameters": 1.0,
 }
@@ -381,7 +399,8 @@ def _logit_seconds(setting: ClusterSetting) -> float:
 
 def in_blocks(setting: ClusterSetting) -> bool:
     """True if ITC computes its logits in blocks, both directions at once."""
-    return setting.batch_size // setting.ranks > max(1, most_logits(setting) // setting.batch_size)
+    own, alone = setting.batch_size // setting.ranks, setting.ranks == setting.accumulate == 1
+    return not alone and own >= max(1, MAX_LOGITS // setting.batch_size)
 
 
 def most_logits(setting: ClusterSetting) -> int:
@@ -403,13 +422,16 @@ def scaling(setting: ClusterSetting, cost: StepCost, most: int = 4096) -> list[t
     return rows
 
 
-def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate: float = 0.0) -> str:
+def format_plan(
+    setting: ClusterSetting, pairs: int, epochs: float, loader_rate: float = 0.0, stages: Sequence[str] = ()
+) -> str:
     """Format the plan of a run as text.
 
     Args:
         pairs: number of pairs of the data set.
         epochs: passes over the data set.
         loader_rate: measured pairs per second of one node's loader; 0 for not measured.
+        stages: sides of images by stage, as of a run (`mvlm.config.stages`). The rest of the plan is for the model's.
     """
     cost = step_cost(setting.model, setting.shape)
     node, gpu = NODES[setting.gpu], GPUS[setting.gpu]
@@ -444,6 +466,7 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         f"The loader of each node has to deliver {per_second / setting.nodes:,.0f} pairs/s"
         + (f"; measured {loader_rate:,.0f}" + (": it is the limit" if loader_rate < per_second / setting.nodes else "")
            if loader_rate else ""),
+        *_stage_rows(setting, stages, steps, step),
         "",
         "More nodes, same pairs per GPU",
         *(f"  {row.ranks:6,} GPUs {row.batch_size:10,} pairs {1e3 * at.step:8.1f} ms, "
@@ -466,6 +489,30 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         "  not counted in time: optimizer step, loader, evaluation, checkpoints",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _stage_rows(setting: ClusterSetting, stages: Sequence[str], steps: float, whole: float) -> list[str]:
+    """Time of each stage, and of all against steps of `whole` seconds; none for a run of one stage."""
+    if not stages:
+        return []
+    found, seconds = parse_stages(stages, setting.model, math.ceil(steps)), 0.0
+    rows = ["", "Stages                        steps   GFLOP per pair   memory, GB   step, ms   pairs/s a node   hours"]
+    for stage, following in zip_longest(found, found[1:]):
+        at = replace(setting, model=stage.model)
+        cost = step_cost(at.model, at.shape)
+        step, made = planned_step(at, cost).step, (steps if following is None else following.start) - stage.start
+        seconds += made * step
+        patches = f"{stage.model.image_size} px, {stage.model.masked_patches} of {stage.model.num_patches} masked"
+        flops = (cost.forward + cost.backward) * at.ranks / at.batch_size
+        memory = sum(gpu_memory(at, cost).values())
+        rows.append(
+            f"  {patches:<25}{made:8,.0f}{flops / GB:17.1f}{memory / GB:13.2f}{1e3 * step:11.1f}"
+            f"{at.batch_size / at.nodes / step:17,.0f}{made * step / 3600:8.1f}"
+        )
+    return [
+        *rows,
+        f"  all in {seconds / 3600:,.1f} hours, {100 * seconds / (steps * whole):.0f} % of those in one stage",
+    ]
 
 
 def memory_table(setting: ClusterSetting, cost: StepCost) -> list[str]:

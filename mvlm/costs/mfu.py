@@ -1,7 +1,9 @@
 """Model FLOPs utilization (MFU): FLOPs of a step as a fraction of the GPUs' peak in the same time."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
+from statistics import fmean
 
 import torch
 
@@ -33,28 +35,36 @@ class ModelFlopsUtilization:
         self._config, self._world = config, world
         # The count is that of a pretraining step. A task's step is another one.
         self._peak = peak_flops(world.device) if isinstance(config, PretrainConfig) else None
-        self._flops: float | None = None
-        """FLOPs of one pair, forward and backward; None until they are counted."""
+        self._flops: dict[MaskVLMConfig, float] = {}
+        """FLOPs of one pair, forward and backward, in each stage that was counted."""
 
-    def of_rate(self, pairs_per_s: float, tokens: float) -> float | None:
+    def of_rate(self, pairs_per_s: float, tokens: float, steps: Sequence[int]) -> float | None:
         """MFU from pairs of the global batch a second and the mean number of tokens of a caption.
 
-        None if the peak is unknown, and for fine-tuning. The first call counts FLOPs, which takes seconds.
+        steps: numbers of the steps, from 1, in which that rate was reached.
+
+        None if the peak is unknown, and for fine-tuning. The first call of a stage counts FLOPs, which takes seconds.
         """
         if self._peak is None or not isinstance(self._config, PretrainConfig):
             return None
-        if self._flops is None:
-            self._flops = flops_per_pair(self._config, tokens, self._world.size)
-        return self._flops * pairs_per_s / (self._peak * self._world.size)
+        stages = [self._config.model_at(step - 1) for step in steps]
+        for model in stages:
+            if model not in self._flops:
+                self._flops[model] = flops_per_pair(self._config, tokens, self._world.size, model)
+        flops = fmean(self._flops[model] for model in stages)
+        return flops * pairs_per_s / (self._peak * self._world.size)
 
 
-def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> float:
+def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1, model: MaskVLMConfig | None = None) -> float:
     """Count the FLOPs of one pair in a training step, forward and backward.
 
-    tokens: mean number of tokens of a caption.
+    Args:
+        tokens: mean number of tokens of a caption.
+        model: settings of the model in the stage that is counted. Default: the run's.
     """
     pairs = config.batch_size // (ranks * config.accumulate)
-    return step_flops(config.model, pairs, max(3, round(tokens)), objectives_of(config), part_settings(config)) / pairs
+    how = max(3, round(tokens)), objectives_of(config), part_settings(config)
+    return step_flops(model or config.model, pairs, *how) / pairs
 
 
 def part_settings(config: PretrainConfig) -> PartSettings:

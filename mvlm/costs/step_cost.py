@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from mvlm.distributed.collectives import GlobalBatchLayout
 from mvlm.distributed.exchange import exchange_splits
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, named_blocks, parallelize
-from mvlm.distributed.world import World
+from mvlm.distributed.world import World, nodes_of
 from mvlm.model.adaptation import adapt
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
@@ -85,6 +85,8 @@ class StepShape:
     longest: int = LONGEST
     """Number of tokens of the longest caption of a batch."""
     ranks: int = 1
+    nodes: int = 1
+    """Number of nodes, with as many ranks each."""
     microbatches: int = 1
     checkpointed: bool = False
     bf16: bool = True
@@ -238,12 +240,13 @@ def fake_step(
     model.set_attention("sdpa", "sdpa")  # like the backends of a GPU, it keeps no scores for backward
     if shape.checkpointed:
         checkpoint_activations(model)
-    world = World(0, shape.ranks, 0, CPU)
     with (
         simulated_ranks(shape.ranks),
         KnownNumbers(uniform_draws(shape)),
         FakeTensorMode(),
     ):
+        world = World(0, shape.ranks, 0, CPU)
+        world = replace(world, nodes=nodes_of(world, shape.ranks // shape.nodes, "fake"))
         give_fake_tensors(model)
         micro = [fake_microbatch(config, shape.pairs, shape.tokens, shape.longest) for _ in range(shape.microbatches)]
 

@@ -117,12 +117,16 @@ def main() -> None:
         launches = launches_of(MaskVLMConfig.preset(name), options.pairs, options.arch)
     else:
         run = run_config(read_config(options.config), name)
-        launches = launches_of(run.model, options.pairs, options.arch, run)
+        models = dict.fromkeys(stage.model for stage in run.parsed_stages)
+        launches = [x for model in models for x in launches_of(model, options.pairs, options.arch, run)]
+
+    from mvlm_kernels.aot import compile_all, signature
+
+    # Stages share most kernels.
+    launches = list({signature(x.kernel, x.args, x.meta, options.arch): x for x in launches}.values())
 
     def show(done: int) -> None:
         say(f"{done} of {len(launches)} kernels", flush=True)
-
-    from mvlm_kernels.aot import compile_all
 
     failed = compile_all(launches, options.arch, options.jobs, show)
     for line in (f"kernels of {name} for {options.arch} in {time.perf_counter() - started:.0f} s", *failed):

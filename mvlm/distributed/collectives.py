@@ -23,6 +23,21 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 
 @dataclass(frozen=True, slots=True)
+class Nodes:
+    """Process groups of a rank for collectives in two steps, where K nodes have L ranks each, one after another.
+
+    With many ranks a gather is as slow as the hops of its ring: W - 1 in one ring of all, K - 1 and L - 1 in two steps.
+    """
+
+    number: int
+    """K, number of nodes."""
+    across: "dist.ProcessGroup"
+    """This rank, and those of its local rank on the other nodes."""
+    within: "dist.ProcessGroup"
+    """The ranks of this node."""
+
+
+@dataclass(frozen=True, slots=True)
 class GlobalBatchLayout:
     """Layout of the global batch as one rank sees it: numbers of ranks, microbatches and pairs, all Python ints."""
 
@@ -33,6 +48,8 @@ class GlobalBatchLayout:
     """A, microbatches of each rank."""
     pairs: int
     """b, pairs of each microbatch."""
+    nodes: Nodes | None = None
+    """Groups for gathers in two steps; None for one ring of all ranks."""
 
     @property
     def alone(self) -> bool:
@@ -92,6 +109,8 @@ def all_gather(x: Tensor, layout: GlobalBatchLayout) -> Handle:
     """Start to gather the rows x (n, ...) of all ranks. The handle gives them as (G, ...), ordered by global index."""
     if layout.ranks == 1:
         return Handle(None, lambda: x)
+    if layout.nodes is not None:
+        return _gather_in_two_steps(x, layout, layout.nodes)
     parts = x.new_empty(layout.ranks * len(x), *x.shape[1:])
     work = _all_gather(parts, x.contiguous(), async_op=True)
     # (W A b, ...) -> (A W b, ...): global order deals a microbatch to every rank before the next microbatch.
@@ -103,9 +122,46 @@ def reduce_scatter(x: Tensor, layout: GlobalBatchLayout) -> Handle:
     """Start to add up rows x (G, ...) over the ranks. The handle gives the sums of this rank's own pairs, (n, ...)."""
     if layout.ranks == 1:
         return Handle(None, lambda: x)
+    if layout.nodes is not None:
+        return _reduce_scatter_in_two_steps(x, layout, layout.nodes)
     parts = x.unflatten(0, (layout.microbatches, layout.ranks, layout.pairs)).transpose(0, 1).flatten(0, 2)
     own = parts.new_empty(len(parts) // layout.ranks, *parts.shape[1:])
     return Handle(_reduce_scatter(own, parts.contiguous(), async_op=True), lambda: own)
+
+
+def _gather_in_two_steps(x: Tensor, layout: GlobalBatchLayout, nodes: Nodes) -> Handle:
+    """`all_gather` between nodes, and then in each node. Both are queued in the side stream: nothing waits for one."""
+    with side_stream(x.device, x):
+        parts = x.new_empty(nodes.number * len(x), *x.shape[1:])
+        _all_gather(parts, x.contiguous(), group=nodes.across, async_op=True).wait()
+        every = x.new_empty(layout.ranks * len(x), *x.shape[1:])
+        work = _all_gather(every, parts, group=nodes.within, async_op=True)
+
+    def result() -> Tensor:
+        join_side_stream(every)
+        # (L K A b, ...) -> (A K L b, ...): rank r is number r % L of node r // L.
+        sizes = (layout.ranks // nodes.number, nodes.number, layout.microbatches, layout.pairs)
+        return every.unflatten(0, sizes).movedim((2, 1, 0), (0, 1, 2)).flatten(0, 3)
+
+    return Handle(work, result)
+
+
+def _reduce_scatter_in_two_steps(x: Tensor, layout: GlobalBatchLayout, nodes: Nodes) -> Handle:
+    """`reduce_scatter` in each node, and then between nodes: the way back of `_gather_in_two_steps`."""
+    each = layout.ranks // nodes.number
+    sizes = (layout.microbatches, nodes.number, each, layout.pairs)
+    parts = x.unflatten(0, sizes).movedim((2, 1, 0), (0, 1, 2)).flatten(0, 3).contiguous()  # (L K A b, ...)
+    with side_stream(x.device, parts):
+        of_node = parts.new_empty(len(parts) // each, *parts.shape[1:])
+        _reduce_scatter(of_node, parts, group=nodes.within, async_op=True).wait()
+        own = parts.new_empty(len(of_node) // nodes.number, *parts.shape[1:])
+        work = _reduce_scatter(own, of_node, group=nodes.across, async_op=True)
+
+    def result() -> Tensor:
+        join_side_stream(own)
+        return own
+
+    return Handle(work, result)
 
 
 def all_to_all(x: Tensor, sent: list[int], received: list[int]) -> Handle:

@@ -54,7 +54,7 @@ def backward_global(
     sizes = sorted({len(batch.images) for batch, _ in microbatches})
     if len(sizes) != 1:
         raise ValueError(f"microbatches: wanted at least one, all with as many pairs, got {sizes} pairs")
-    layout = GlobalBatchLayout(world.rank, world.size, len(microbatches), sizes[0])
+    layout = GlobalBatchLayout(world.rank, world.size, len(microbatches), sizes[0], world.nodes)
     this = Step(objectives, IMPLEMENTATIONS[plan], layout, seed, step, microbatches)
     found = world.all_reduce(_Passes(parallel, microbatches, this, autocast).run())
     # A parameter that changes no loss (a bias of keys) has a gradient of 0 under DDP, and would have none under FSDP2.

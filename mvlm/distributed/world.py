@@ -7,7 +7,7 @@ a process is a world of one, without a process group.
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from mvlm.device import choose_device
+from mvlm.distributed.collectives import Nodes
 
 log = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=30)
@@ -32,6 +33,8 @@ class World:
     local_rank: int
     """Rank within this node, which selects the GPU."""
     device: torch.device
+    nodes: Nodes | None = None
+    """Groups of ranks for gathers in two steps, where several nodes have as many ranks, several each; else None."""
 
     @property
     def first(self) -> bool:
@@ -95,7 +98,25 @@ def join_ranks(device: str = "auto") -> World:
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=attempt_store(), rank=rank, world_size=size, timeout=TIMEOUT)
-    return World(rank=rank, size=size, local_rank=local_rank, device=chosen)
+    world = World(rank=rank, size=size, local_rank=local_rank, device=chosen)
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    # Ranks that see other nodes would wait for each other.
+    if all(found == [each, True] for found in world.gather_objects([each, rank % each == local_rank])):
+        world = replace(world, nodes=nodes_of(world, each, "nccl" if chosen.type == "cuda" else "gloo"))
+    return world
+
+
+def nodes_of(world: World, each: int, backend: str) -> Nodes | None:
+    """Make the groups of a rank where each node has so many ranks, one after another. None if one step does as well."""
+    number, node = world.size // each, world.rank // each
+    if world.size % each or number == 1 or each == 1:
+        return None
+    within, across = range(node * each, (node + 1) * each), range(world.rank % each, world.size, each)
+    groups = [
+        dist.new_group([*ranks], timeout=TIMEOUT, backend=backend, use_local_synchronization=True)
+        for ranks in (within, across)
+    ]
+    return Nodes(number, within=groups[0], across=groups[1])
 
 
 def attempt_store() -> PrefixStore | None:

@@ -21,6 +21,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.device import compute_dtype
 from mvlm.model.attention import Attend, Attention, Branch, FeedForward, Residual, add_norm
 from mvlm.model.packing import Packing
+from mvlm_kernels.dispatch import without_autocast
 
 
 class ImageBlock(nn.Module):
@@ -52,11 +53,7 @@ class BaseImageEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
         self.output_positions: Tensor | None
-        self.register_buffer("output_positions", None, persistent=False)
-        if config.output_positions:
-            side = config.image_size // config.patch_size
-            # (1+N, C); [CLS] has no place
-            self.output_positions = F.pad(sine_positions(side, config.width), (0, 0, 1, 0))
+        self.register_buffer("output_positions", _output_positions(config), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), uint8 or float in 0..1 -> (x - mean) / std of x in 0..1, in the parameters' dtype."""
@@ -99,6 +96,10 @@ class ImageEncoder(BaseImageEncoder):
         self.mask_token = nn.Parameter(torch.zeros(config.width))
         self.cls_token = nn.Parameter(torch.zeros(config.width))
         self.position = nn.Parameter(torch.zeros(1 + config.num_patches, config.width))
+        self.resizing: Tensor | None = None
+        """Matrix that interpolates `position` for images of another side (1+M, 1+N); None for the model's own."""
+        self._of_sides: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor | None]] = {}
+        """`resizing` and `output_positions` of the sides and devices that have been used."""
         self.blocks = nn.ModuleList(ImageBlock(config.width, config.heads) for _ in range(config.image_layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
 
@@ -106,13 +107,35 @@ class ImageEncoder(BaseImageEncoder):
         x = self.run(self.embed(images, masked), lambda attention, y: attention(y, y))
         return self.add_output_positions(x)
 
+    def resize(self, config: MaskVLMConfig) -> None:
+        """Go on with images of the side in `config`, which has the other sizes of the encoder. No parameter changes.
+
+        Positions are interpolated whenever they are read, so their gradient is one of the parameter. Its moments and
+        averages go on as they are, and checkpoints keep their shapes.
+        """
+        key = config.num_patches, self.position.device
+        if key not in self._of_sides:
+            # resize_positions is linear in the positions: of the identity, it gives its own matrix.
+            own, side = len(self.position), config.image_size // config.patch_size
+            matrix = None if own == 1 + side**2 else resize_positions(torch.eye(own), side).to(key[1])
+            sines = _output_positions(config)
+            self._of_sides[key] = matrix, None if sines is None else sines.to(key[1], self.mean.dtype)
+        self.resizing, self.output_positions = self._of_sides[key]
+
+    def positions(self) -> Tensor:
+        """Position embeddings (1+N, C) of [CLS] and of the N patches of an image of the present side."""
+        if self.resizing is None:
+            return self.position
+        with without_autocast(self.position.device):
+            return self.resizing.to(self.position.dtype) @ self.position
+
     def embed(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """Embed [CLS] and the patches, with positions: the input of the blocks (B, 1+N, C)."""
         x = self.patch_projection(patchify(self.normalize(images), self.patch_size))  # (B, N, C)
         if masked is not None:
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         cls = self.cls_token.to(x.dtype).expand(x.shape[0], 1, -1)  # len(x) would be a constant of an exported program
-        return torch.cat([cls, x], dim=1) + self.position
+        return torch.cat([cls, x], dim=1) + self.positions()
 
     def forward_visible(self, images: Tensor, visible_ids: Tensor) -> Tensor:
         """Encode only the patches visible_ids int64 (B, K), as in MAE (He et al. 2022) and FLIP (Li et al. 2023)."""
@@ -125,9 +148,9 @@ class ImageEncoder(BaseImageEncoder):
 
         Positions are added to all rows again, as for MAE's decoder.
         """
-        index = F.pad(1 + visible_ids, (1, 0)).unsqueeze(-1)  # (B, 1+K, 1)
-        hidden = self.mask_token.to(x.dtype).expand(len(x), len(self.position), -1)
-        return self.add_output_positions(hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + self.position)
+        index, positions = F.pad(1 + visible_ids, (1, 0)).unsqueeze(-1), self.positions()  # (B, 1+K, 1), (1+N, C)
+        hidden = self.mask_token.to(x.dtype).expand(len(x), len(positions), -1)
+        return self.add_output_positions(hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + positions)
 
     def run(self, x: Tensor, attend: Attend) -> Tensor:
         """Run the blocks and the last norm over embedded rows (B, L, C) -> (B, L, C)."""
@@ -379,6 +402,13 @@ def resize_positions(position: Tensor, side: int) -> Tensor:
         square = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
         grid = square.flatten(2)[0].T.to(position.dtype)
     return torch.cat([first, grid])
+
+
+def _output_positions(config: MaskVLMConfig) -> Tensor | None:
+    """Sines of the places of [CLS], which has none, and of the patches (1+N, C); None if the model adds none."""
+    if not config.output_positions:
+        return None
+    return F.pad(sine_positions(config.image_size // config.patch_size, config.width), (0, 0, 1, 0))
 
 
 def sine_positions(side: int, width: int) -> Tensor:

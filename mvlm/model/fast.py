@@ -94,7 +94,7 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
     encoder, total = model.image_encoder, patches.shape[1]
     if isinstance(encoder, TimmTower):
         return encoder.run(patches if patch_ids is None else encoder.hide(patches, masked_patches(patch_ids, total)))
-    parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
+    parameters = (encoder.mask_token, encoder.positions(), encoder.cls_token)
     if patch_ids is None or not model.config.hides_by_dropping:
         hidden = None if patch_ids is None else masked_patches(patch_ids, total)  # (B, N), True = masked
         x = encoder.run(place_tokens(patches, *parameters, masked=hidden), attend_self(None))
@@ -109,7 +109,7 @@ def encode_visible(encoder: ImageEncoder, patches: Tensor, visible: Tensor) -> T
     visible: int64 (B, K), number of each of these patches in its image.
     """
     placed = place_tokens(
-        patches, encoder.mask_token, encoder.position, encoder.cls_token, visible_ids=visible
+        patches, encoder.mask_token, encoder.positions(), encoder.cls_token, visible_ids=visible
     )  # (B, 1+N, C)
     rows = F.pad(1 + visible, (1, 0))  # [CLS] too, also where no patch is visible
     return encoder.run(select_within(placed, rows), attend_self(None))
@@ -120,9 +120,10 @@ def with_mask_tokens(encoder: ImageEncoder, x: Tensor, visible: Tensor) -> Tenso
 
     x (B, 1+K, C), [CLS] and the K visible patches, whose places are visible int64 (B, K) -> (B, 1+N, C).
     """
-    placed = place_tokens(x[:, 1:], encoder.mask_token, encoder.position, encoder.cls_token, visible_ids=visible)
+    positions = encoder.positions()  # (1+N, C)
+    placed = place_tokens(x[:, 1:], encoder.mask_token, positions, encoder.cls_token, visible_ids=visible)
     # place_tokens makes row 0 from the parameter cls_token. [CLS] has been encoded here, so its row replaces row 0.
-    return encoder.add_output_positions(torch.cat([x[:, :1] + encoder.position[0], placed[:, 1:]], dim=1))
+    return encoder.add_output_positions(torch.cat([x[:, :1] + positions[0], placed[:, 1:]], dim=1))
 
 
 def encode_visible_images(
@@ -182,7 +183,7 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
     if isinstance(encoder, TimmTower):
         v, vm = encoder.run(torch.cat([patches, encoder.hide(patches, hidden)])).chunk(2)
         return v, vm
-    parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
+    parameters = (encoder.mask_token, encoder.positions(), encoder.cls_token)
     both = place_tokens(patches, *parameters, masked=hidden, with_unmasked=True)  # (2B, 1+N, C)
     v, vm = encoder.add_output_positions(encoder.run(both, attend_self(None))).chunk(2)
     return v, vm

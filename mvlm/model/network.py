@@ -8,6 +8,8 @@ C width, E contrastive width, V vocabulary, P patch side, S image side.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +142,26 @@ class MaskVLMNetwork(nn.Module):
             embeddings += [text.position, text.words.weight]
         for embedding in embeddings:
             nn.init.trunc_normal_(embedding, std=0.02)
+
+    @contextmanager
+    def at(self, config: MaskVLMConfig) -> Iterator[None]:
+        """Context in which the model has the side of images and the masks of `config`, in which all else is its own.
+
+        Positions are interpolated where they are read (`ImageEncoder.resize`). ValueError for an image tower.
+        """
+        own, encoder = self.config, self.image_encoder
+        if config == own:
+            yield
+            return
+        if not isinstance(encoder, ImageEncoder):
+            raise ValueError(f"wanted an own image encoder for images of another side, got {own.image_tower}")
+        self.config = config
+        encoder.resize(config)
+        try:
+            yield
+        finally:
+            self.config = own
+            encoder.resize(own)
 
     def encode_image(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """Encode images (B, 3, S, S), uint8 or float in 0..1 -> (B, 1+N, C). masked bool (B, N), True = masked.

@@ -258,9 +258,9 @@ class Features:
 
     @property
     def in_blocks(self) -> bool:
-        """True if the logits of this rank's pairs come in several blocks. ITC then gathers no images."""
+        """True if the logits of this rank's pairs fill a block or more. ITC then gathers no images."""
         layout = self.step.layout
-        return layout.microbatches * layout.pairs > self.rows_at_a_time
+        return not layout.alone and layout.microbatches * layout.pairs >= self.rows_at_a_time
 
     def sum_over_logits(
         self,

@@ -23,7 +23,7 @@ from mvlm.runs.load import load_without_head
 from mvlm.studies.page import MEASURES, figure, write_csv, write_study_page
 from mvlm.studies.study import OF_ANOTHER, Study, slug, stage_config, trial_config
 from mvlm.studies.trial import Stage, Trial, named_files, read_result, remove_checkpoints, run_trial, take_result
-from mvlm.studies.update_costs import step_times, update_flops
+from mvlm.studies.update_costs import step_times, steps_and_flops
 from mvlm.tasks.finetune import untrained_figures
 from mvlm.terminal import say
 from mvlm.untrusted import run_errors
@@ -242,6 +242,9 @@ def trials_of(study: Study, data: Path, out: Path, checkpoint: Path | None = Non
 def _times_of_steps(study: Study, budgets: Mapping[str, dict[str, Any]], data: Path, out: Path) -> dict[str, float]:
     """Seconds of a step of each arm that spends another arm's time, and of that other arm. Trains on all pairs."""
     arms = [name for arm, budget in budgets.items() if "seconds_of" in budget for name in (budget["seconds_of"], arm)]
+    for arm in arms:
+        if study.arms[arm].get("stages"):  # its steps take several times
+            raise ConfigError(f"arms.{arm}: stages: wanted a budget in steps or FLOPs, got seconds_of; give another")
     configs = {arm: trial_config(study, arm, 0, data, out / "unused", 1) for arm in dict.fromkeys(arms)}
     of_pretraining = {arm: config for arm, config in configs.items() if isinstance(config, PretrainConfig)}
     return step_times(of_pretraining, out) if of_pretraining else {}
@@ -283,11 +286,7 @@ def _steps_and_flops(
         tokenizer = choose_tokenizer(config, dataset)
         captions = [dataset.captions(i)[0] for i in range(min(CAPTIONS, len(dataset)))]
         lengths[key] = float(tokenizer.encode(captions, longest)[1].mean())
-    step = update_flops(config, lengths[key])
-    steps = int(budget.get("steps", budget.get("flops", 0) / step))
-    if steps < 1:
-        raise ConfigError(f"budget: wanted enough for one step of {step:.3g} FLOPs, got {budget['flops']:.3g}")
-    return steps, steps * step
+    return steps_and_flops(config, lengths[key], budget)
 
 
 def run_jobs(words: Sequence[str], part: tuple[int, int], jobs: int) -> None:

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from torch.utils.flop_counter import FlopCounterMode
 
+from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import flops_per_pair, part_settings
 from mvlm.costs.step_cost import StepShape, counted, drawn_tokens, fake_step
 from mvlm.distributed.world import join_ranks
+from mvlm.errors import ConfigError
 from mvlm.machine import processor_name
 from mvlm.objectives.pretraining import objectives_of
 from mvlm.schemas import StepTimes
@@ -32,15 +35,36 @@ WARM, TURNS, STEPS = 20, 8, 5
 """Steps of each arm before the measurement, turns, and steps of a turn."""
 
 
-def update_flops(config: PretrainConfig, tokens: float) -> float:
+def update_flops(config: PretrainConfig, tokens: float, model: MaskVLMConfig | None = None) -> float:
     """Count the FLOPs of an update: the whole batch forward and backward, and the matrix products of the optimizer.
 
     Muon multiplies matrices, AdamW does not. Only parameters that the objectives give a gradient are updated.
 
     Args:
         tokens: mean number of tokens of a caption.
+        model: settings of the model in the stage of the update. Default: the run's.
     """
-    return flops_per_pair(config, tokens) * config.batch_size + _optimizer_flops(replace(config, seed=0))
+    step = flops_per_pair(config, tokens, model=model) * config.batch_size
+    return step + _optimizer_flops(replace(config, seed=0))
+
+
+def steps_and_flops(config: PretrainConfig, tokens: float, budget: Mapping[str, float]) -> tuple[int, float]:
+    """Updates of a run, and their FLOPs: as many as {"steps": N}, or as {"flops": X} pays, stage by stage.
+
+    ConfigError if it pays none, or none of the last stage.
+    """
+    steps, spent = 0, 0.0
+    for stage, following in zip_longest(config.parsed_stages, config.parsed_stages[1:]):
+        each = update_flops(config, tokens, stage.model)
+        most = int(budget["steps"]) - steps if "steps" in budget else int((budget["flops"] - spent) / each)
+        made = max(0, most if following is None else min(most, following.start - steps))
+        if not made:
+            after = f" behind the {steps} before its stage" if steps else ""
+            raise ConfigError(
+                f"budget: wanted enough for one step of {each:.3g} FLOPs{after}, got {budget['flops']:.3g}; raise it"
+            )
+        steps, spent = steps + made, spent + made * each
+    return steps, spent
 
 
 @cache

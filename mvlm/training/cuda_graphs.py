@@ -82,6 +82,12 @@ class CudaGraphs:
         """Number of graphs captured so far."""
         return len(self._graphs)
 
+    def forget(self) -> None:
+        """Forget all graphs: those of a stage that is over would hold their memory for steps that never come."""
+        self._seen.clear()
+        self._graphs.clear()
+        self._full = False
+
     def run(self, microbatches: list[tuple[Batch, Masks]], number: Tensor) -> Losses:
         """Run a step of one microbatch: set the parameters' gradients, and return the losses, detached scalars."""
         ((batch, masks),) = microbatches

@@ -232,6 +232,7 @@ class MetricsLogger:
     ) -> None:
         self._config, self._world, self._check, self._log = config, world, check, log
         self._mfu = ModelFlopsUtilization(config, world)
+        self._staged = isinstance(config, PretrainConfig) and bool(config.stages)
         hosts = world.gather_objects(socket.gethostname())
         self._ranks = RankFigures(hosts) if world.first and world.size > 1 else None
         self._pending: tuple[dict[str, Any], MetricsBuffer, dict[str, float]] | None = None
@@ -248,7 +249,7 @@ class MetricsLogger:
         config, factor = self._config, learning_rate_factor(buffer.steps[-1] - 1, self._config)
         rate = steps * config.batch_size / seconds
         tokens = buffer.tokens * self._world.size / (steps * config.batch_size)
-        mfu = self._mfu.of_rate(rate, tokens)
+        mfu = self._mfu.of_rate(rate, tokens, buffer.steps)
         # The first count of FLOPs takes seconds, which are no training: the clock is stopped meanwhile.
         self._row_started = time.perf_counter()
         elapsed, self._clock_zero = now - self._clock_zero, self._clock_zero + self._row_started - now
@@ -266,6 +267,7 @@ class MetricsLogger:
             "memory_mb": memory_mb(self._world.device),
             **({} if mfu is None else {"mfu": mfu}),
             "skipped": undecodable_images,
+            **({"image_size": config.model_at(buffer.steps[-1] - 1).image_size} if self._staged else {}),
         }
         self._pending = (host, buffer, figures)
 

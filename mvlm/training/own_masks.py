@@ -58,9 +58,8 @@ class MaskDraw:
         They are a function of seed, epoch and sample. Without a change they are `masks`. With another ratio, those of a
         smaller one are among those of a larger one.
         """
-        draw = MaskDrawer(
-            replace(self.masking, **changes), self.config.model.image_size, self.loader.tokenizer, self.seed
-        )
+        side = self.config.model_at(self.step).image_size
+        draw = MaskDrawer(replace(self.masking, **changes), side, self.loader.tokenizer, self.seed)
         batch = self.batch
         assert batch.epoch is not None
         epochs, samples = batch.epoch.numpy(), batch.sample_id.numpy()
@@ -114,7 +113,7 @@ def drawn_by_user(
         for batch, masks in loaded:
             asked = MaskDraw(batch=batch, masks=masks, parallel=parallel, config=config, **shared)
             found.append((batch, own := function(asked)))
-            check_masks(own, batch, config.model.num_patches)
+            check_masks(own, batch, config.model_at(step).num_patches)
         return found
 
     found = run_on_all_ranks(world, draw)

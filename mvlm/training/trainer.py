@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,6 +134,8 @@ class Trainer:
         """Monotonic time of the last checkpoint, or of the start of training."""
         self.step = 0
         """Number of updates made or skipped."""
+        self.stage = config.model
+        """Settings of the model in the stage that the loader reads for."""
         self.best: dict[str, float] | None = None
         """Step and figure of the best evaluation: the mean of both R@1 in per cent, or a task's main figure."""
 
@@ -161,6 +163,25 @@ class Trainer:
         if config.plan != "fast" or compiled or config.checkpoint_activations:
             return None
         return shadow_weights(self.model) if chosen_precision(self.device, config.precision) == "bf16" else None
+
+    def enter_stage(self, step: int) -> None:
+        """Let the loader go on with the images and masks of the stage that has the step after so many updates."""
+        if (wanted := self.config.model_at(step)) == self.stage:
+            return
+        self.stage = wanted
+        self.loader.resize(wanted.image_size, wanted.masking)
+        if self.graphs is not None:
+            self.graphs.forget()
+        log.info("step %d: images of %d px, %d of %d patches masked", step + 1, wanted.image_size,
+                 wanted.masked_patches, wanted.num_patches)  # fmt: skip
+
+    def at_stage(self, *models: Any) -> ExitStack:
+        """Context in which models have the side of images and the masks of the present stage."""
+        found = ExitStack()
+        if self.stage != self.config.model:
+            for model in models:
+                found.enter_context(model.at(self.stage))
+        return found
 
     @property
     def backward(self) -> Callable[[list[tuple[Batch, Masks]], Any], Losses]:
@@ -257,6 +278,7 @@ class Trainer:
         On one rank of pretraining the host waits for no more than the step before: it queues the next step while this
         one runs. On several ranks it also waits for the numbers of rows that they exchange.
         """
+        self.enter_stage(self.step)
         self.watchdog.beat(f"the data of step {self.step + 1}")
         started = time.perf_counter()
         loaded = [next(batches) for _ in range(self.config.accumulate)]
@@ -264,7 +286,8 @@ class Trainer:
         tokens = sum(len(batch.tokens) for batch, _ in loaded)
         if self.own_masks is not None:
             shared = self.config, self.world, self.loader, self.parallel
-            loaded = drawn_by_user(self.own_masks, loaded, self.step, *shared)
+            with self.at_stage(self.model):
+                loaded = drawn_by_user(self.own_masks, loaded, self.step, *shared)
         loaded = with_few_shapes(loaded, self.config, self.world)
         microbatches = [(b.to(self.device, non_blocking=True), m.to(self.device, non_blocking=True)) for b, m in loaded]
         waited = time.perf_counter() - started
@@ -275,7 +298,8 @@ class Trainer:
         step: Any = torch.full((), self.step, device=self.device) if self.config.fixed_shapes else self.step
         generators = None if self.failed_step is None else generator_states(self.device)
         self.parallel.alone.start()
-        with using(self.shadows):
+        kept = () if self.keep_start is None else (self.keep_start.start,)
+        with using(self.shadows), self.at_stage(self.model, *kept):
             losses = self.backward(microbatches, step)
         figures = waited, self.parallel.alone.seconds(), self.loader.skipped
         self.write_failed_step()  # of the step before, while this one's gradients are computed
@@ -384,13 +408,14 @@ class Trainer:
         """
         model = unsharded_copy(self.model, self.new_model)
         figures = {}  # stays empty if a rank is to stop
-        with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
-            common = self.tokenizer, self.config.precision, workspace
-            found = evaluate_briefly(model, validation, *common)
-            figures = found | ({} if self.classes is None else classify_briefly(model, self.classes, *common))
-        if not figures:
-            return {}, math.nan
-        image = reconstruction_strip(model, validation, self.tokenizer, self.config.precision)
+        with self.at_stage(model):
+            with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
+                common = self.tokenizer, self.config.precision, workspace
+                found = evaluate_briefly(model, validation, *common)
+                figures = found | ({} if self.classes is None else classify_briefly(model, self.classes, *common))
+            if not figures:
+                return {}, math.nan
+            image = reconstruction_strip(model, validation, self.tokenizer, self.config.precision)
         if sinks is not None:
             sinks.log_image(image, self.step)
         return figures, (figures["tr_r1"] + figures["ir_r1"]) / 2
@@ -446,6 +471,7 @@ class Trainer:
             check_finite(parts[part], checkpoint / part)
         load_optimizer(checkpoint / OPTIMIZER, self.model, self.optimizer)
         set_generators(checkpoint, self.world.rank, self.device)
+        self.enter_stage(max(0, state["step"] - 1))  # that of the last step made, which the loader's state is of
         self.loader.load_state_dict(state["loader"])
         own = checkpoint / TOKENIZER
         if load_tokenizer(own).fingerprint != self.tokenizer.fingerprint:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mvlm.config.json_files import read_config, run_config
+from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import deterministic_kernels
 from mvlm.distributed.coordination import run_on_all_ranks
@@ -121,6 +122,8 @@ class KeptStep:
         config = with_named(run_config(values, str(folder / CONFIG)), folder, {"own_loss": own_loss})
         with_hashes(replace(config, own_masks=None))
         self.config: PretrainConfig = replace(config, precision=self.state["precision"])
+        self.stage = self.config.model_at(self.state["step"])
+        """Settings of the model in the stage of the step."""
 
     def build(self, world: World) -> Callable[[], dict[str, Tensor]]:
         """Read the model and this rank's microbatches. Returns the step: losses and gradient norms by name."""
@@ -160,7 +163,11 @@ class KeptStep:
         def step() -> dict[str, Tensor]:
             model.zero_grad(set_to_none=True)
             set_generators(folder, world.rank, world.device)
-            with deterministic_kernels(world.device) if config.deterministic else nullcontext():
+            with (
+                deterministic_kernels(world.device) if config.deterministic else nullcontext(),
+                model.at(self.stage),
+                nullcontext() if start is None else start.start.at(self.stage),
+            ):
                 losses = losses_and_gradients(parallel, microbatches, world, config, objectives, number)
                 norm, parts = gradient_norms(model)
             return {**losses, "grad_norm": norm} | {f"grad_norm_{name}": value for name, value in parts.items()}
@@ -188,7 +195,7 @@ class KeptStep:
         try:
             batch, masks = (_from_tensors(kind, tensors) for kind in (Batch, Masks))
             pairs = self.config.batch_size // (self.state["machine"]["ranks"] * self.state["microbatches"])
-            check_microbatch(batch, masks, self.config, pairs)
+            check_microbatch(batch, masks, self.stage, pairs, self.config.own_masks is not None)
         except (ValueError, KeyError, RuntimeError, IndexError) as error:
             raise RunError(f"{file}: wanted a batch of the run, found another ({error}); restore it") from None
         return batch.to(world.device), masks.to(world.device)
@@ -215,10 +222,13 @@ def _from_tensors(kind: Any, tensors: dict[str, Tensor]) -> Any:
     return kind(**values)
 
 
-def check_microbatch(batch: Batch, masks: Masks, config: PretrainConfig, pairs: int) -> None:
-    """Raise ValueError unless shapes, dtypes and indices are those of a loader's batch of so many pairs."""
-    side, length, tokens = config.model.image_size, len(batch.tokens), config.model.text_length
-    masked = config.model.masked_patches if config.own_masks is None else masks.patch_ids.shape[-1]
+def check_microbatch(batch: Batch, masks: Masks, model: MaskVLMConfig, pairs: int, own_masks: bool) -> None:
+    """Raise ValueError unless shapes, dtypes and indices are those of a loader's batch of so many pairs.
+
+    own_masks: a user's function drew the masks, of any number of patches.
+    """
+    side, length, tokens = model.image_size, len(batch.tokens), model.text_length
+    masked = masks.patch_ids.shape[-1] if own_masks else model.masked_patches
     wanted: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
         "images": (batch.images, torch.uint8, (pairs, 3, side, side)),
         "tokens": (batch.tokens, torch.int64, (length,)),
@@ -236,8 +246,8 @@ def check_microbatch(batch: Batch, masks: Masks, config: PretrainConfig, pairs: 
     if not lengths.max() <= batch.max_length <= tokens:
         raise ValueError(f"max_length: wanted {lengths.max()} to {tokens}, got {batch.max_length}")
     within = {
-        "tokens": (batch.tokens, config.model.vocab_size),
-        "patch_ids": (masks.patch_ids, config.model.num_patches),
+        "tokens": (batch.tokens, model.vocab_size),
+        "patch_ids": (masks.patch_ids, model.num_patches),
         "token_ids": (masks.token_ids, length),
     }
     for name, (tensor, end) in within.items():

@@ -212,6 +212,16 @@ class Loader:
         finally:
             stream.close()
 
+    def resize(self, image_size: int, masking: Masking) -> None:
+        """Go on with images of another side and with other masks, at the same place of the sample order.
+
+        Batches that were prepared in advance are dropped and made again. ValueError for a masking that does not fit.
+        """
+        masking.check_image_size(image_size)
+        self.close()
+        self.masking = masking
+        self._config = replace(self._config, geometry=replace(self._config.geometry, image_size=image_size))
+
     def close(self) -> None:
         """Stop the thread and release the data. Another iteration continues after the last batch yielded."""
         if self._stream is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mvlm_dataloading import Augment, open_dataset
+from mvlm_dataloading import Augment, Masking, open_dataset
 from mvlm_dataloading.loader.masking import draw_token_masks
 from support.data import write_dataset
 from support.loaders import make_loader, rows, take
@@ -78,6 +78,26 @@ def test_a_pass_in_order_yields_whole_images_and_first_captions(waves_train, wav
     settings = {"batch_size": 100, "seed": 99, "augment": Augment(operations=2, flip=0.5)}
     other = rows(make_loader(waves_train, waves_tokenizer, train=False, **settings))
     assert [row["pixels"] for row in other] == [row["pixels"] for row in found]
+
+
+@pytest.mark.parametrize("prefetch_batches", [0, 3])
+def test_a_loader_goes_on_with_another_side(waves_train, waves_tokenizer, prefetch_batches):
+    """Each batch is that of a loader that had its side and its masks from the start."""
+    masking = Masking(image_mask_ratio=0.3)
+    sides = ({"image_size": 64}, {"image_size": 96, "masking": masking})
+    small, large = (rows(take(make_loader(waves_train, waves_tokenizer, **side), 9)) for side in sides)
+    loader = make_loader(waves_train, waves_tokenizer, prefetch_batches=prefetch_batches)
+    batches = iter(loader)
+    found = rows([next(batches) for _ in range(4)])
+    loader.resize(96, masking)
+    found += rows([next(batches) for _ in range(5)])
+    assert found == small[:32] + large[32:]
+    state = loader.state_dict()
+    assert state == make_loader(waves_train, waves_tokenizer, **sides[1]).state_dict() | {
+        name: state[name] for name in ("epoch", "position", "step", "met")
+    }
+    with pytest.raises(ValueError, match="mask_block"):
+        loader.resize(80, masking)
 
 
 def test_folders_of_odd_names_are_read_and_no_index_views_are_left(tmp_path, waves_tokenizer, monkeypatch):

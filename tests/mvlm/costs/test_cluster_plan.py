@@ -25,8 +25,9 @@ from mvlm.costs.cluster_plan import (
     most_logits,
     parse_count,
     parse_gpus,
+    planned_step,
 )
-from mvlm.costs.step_cost import MemoryTracker, StepCost, StepShape, drawn_tokens, fake_step
+from mvlm.costs.step_cost import MemoryTracker, StepCost, StepShape, drawn_tokens, fake_step, step_cost
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
 from support.models import micro_config
@@ -109,14 +110,14 @@ def test_planned_collectives_are_those_of_the_step(ranks, microbatches, pairs):
     Of 98,304 pairs ITC's logits come in blocks.
     """
     model = micro_config(image_layers=1, text_layers=1, cross_layers=1, decoder_layers=1)
-    shape = StepShape(pairs=pairs, ranks=ranks, microbatches=microbatches)
+    shape = StepShape(pairs=pairs, ranks=ranks, nodes=ranks // 8, microbatches=microbatches)
     with fake_step(model, shape) as (_, step), Moved(drawn_tokens(model, shape)) as moved:
         step()
     plan = setting(model=model, nodes=ranks // 8, batch_size=pairs * ranks * microbatches, accumulate=microbatches)
     planned = Counter()
     for x in collectives(plan, 0):
         name = {"all-gather": "allgather_base", "reduce-scatter": "reduce_scatter_base", "all-reduce": "allreduce"}
-        if x.label not in ("gradients", "features"):
+        if x.label not in ("gradients", "features", "verdict and figures"):
             planned[name[x.kind], x.size] += x.calls
     exact = Counter({key: calls for key, calls in moved.found.items() if key[0] != "alltoall_base"})
     assert exact == planned
@@ -201,3 +202,19 @@ def test_page_shows_the_output_of_mvlm_plan(capsys):
 def test_a_plan_assumes_no_longer_captions_than_the_model_takes():
     found = format_plan(setting(model=micro_config(text_length=8), nodes=2, batch_size=256), 10**6, 1)
     assert "of 8 tokens (at most 8)" in found
+
+
+@pytest.mark.slow
+def test_stages_have_the_steps_and_costs_of_their_side():
+    """Against plans of each side alone."""
+    own = setting(model=micro_config(), nodes=2, batch_size=256)
+    found = format_plan(own, 256_000, 1, stages=("0:16", "600:32:0.3"))
+    rows = re.findall(r"^  (\d+) px, (\d+) of (\d+) masked +(\d+) +(\S+) +(\S+) +(\S+)", found, re.M)
+    assert [tuple(map(int, row[:4])) for row in rows] == [(16, 4, 4, 600), (32, 4, 16, 400)]
+    for row, changes in zip(rows, ({"image_size": 16}, {"image_mask_ratio": 0.3}), strict=True):
+        at = setting(model=micro_config(**changes), nodes=2, batch_size=256)
+        cost = step_cost(at.model, at.shape)
+        assert float(row[4]) == pytest.approx((cost.forward + cost.backward) / 16 / 1e9, abs=0.06)
+        assert float(row[6]) == pytest.approx(1e3 * planned_step(at, cost).step, abs=0.06)
+    with pytest.raises(ConfigError, match="stages: wanted steps before the end"):
+        format_plan(own, 256_000, 1, stages=("0:16", "1000:32"))

@@ -1,5 +1,7 @@
 """MFU: the peak of a GPU by its name, FLOPs against those of a real step, and the field of a run's metrics."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -39,8 +41,11 @@ def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_pat
     monkeypatch.setattr(
         mfu, "step_flops", lambda model, pairs, tokens, weights, parts: pairs * model.image_size * tokens
     )
-    assert found.of_rate(8.0, 5.0) == pytest.approx(8 * 160 / 2000)
-    assert found.of_rate(16.0, 7.0) == pytest.approx(16 * 160 / 2000)  # counted once
+    assert found.of_rate(8.0, 5.0, [1, 2]) == pytest.approx(8 * 160 / 2000)
+    assert found.of_rate(16.0, 7.0, [3]) == pytest.approx(16 * 160 / 2000)  # counted once
+    stages = ModelFlopsUtilization(replace(config, stages=("0:16", "3:32")), World(0, 2, 0, CPU))
+    assert stages.of_rate(8.0, 5.0, [1, 2, 3]) == pytest.approx(8 * 80 / 2000)
+    assert stages.of_rate(8.0, 5.0, [3, 4, 5]) == pytest.approx(8 * (80 + 160 + 160) / 3 / 2000)
 
 
 @pytest.mark.slow

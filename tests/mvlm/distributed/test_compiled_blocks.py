@@ -15,7 +15,7 @@ from mvlm.objectives.step import Objective
 from mvlm.training.metrics import gradient_norms
 from mvlm_dataloading import Batch, Masks
 from support.faults.forks import in_ranks, wait
-from support.models import ALONE, micro_batch, micro_model
+from support.models import ALONE, micro_batch, micro_config, micro_model
 
 # Dynamo asks tensors of closures for their `.grad`, and hides the warning unless warnings are errors. Inductor imports
 # deprecated parts of torch.
@@ -73,6 +73,31 @@ def test_compiled_encoders_learn_as_eager_ones_at_all_lengths(backend):
     got, graphs = train(ALONE, 8, backend, **how)
     np.testing.assert_allclose(got, wanted, rtol=1e-10)
     assert 2 <= graphs[2] == graphs[-1] <= 4
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_at_the_first_step_of_a_stage_alone():
+    """Images of three sides, three steps each. The second compiles for all sizes, so the third needs nothing."""
+    torch._dynamo.reset()
+    model, eager = (micro_model(image_layers=2, text_layers=2, cross_layers=1, decoder_layers=1) for _ in range(2))
+    compile_step(model, ALONE, 1, True, backend="aot_eager")
+    losses, graphs = ([], []), []
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for side in (48, 16, 32):
+        config = micro_config(image_size=side, image_layers=2, text_layers=2, cross_layers=1, decoder_layers=1)
+        for step in range(3):
+            batch, masks = micro_batch((7, 4 + step, 12, 3), seed=step, config=config)
+            for found, one in zip(losses, (model, eager), strict=True):
+                with one.at(config):
+                    total = one(batch, masks, plan="fast", objectives=[ITC(1.0)]).total
+                    total.backward()
+                found.append(total.item())
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+    np.testing.assert_allclose(*losses, rtol=1e-10)
+    for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
+        if theirs.grad is not None:
+            np.testing.assert_allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12, err_msg=name)
+    assert 0 < graphs[2] < graphs[3] == graphs[-1] <= 8
 
 
 @pytest.mark.extended

@@ -6,6 +6,7 @@ tests/mvlm/model/test_maskvlm.py compares with the method in numpy.
 
 import functools
 import itertools
+import os
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mvlm.config.groups import PartSettings
+from mvlm.distributed.collectives import GlobalBatchLayout, all_gather, reduce_scatter
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World, join_ranks
@@ -287,3 +289,32 @@ def test_microbatches_of_different_sizes_are_refused():
         backward_global(parallel, [micro_batch((5, 6)), micro_batch((5, 6, 7))], ALONE, seed=0, step=0)
     with pytest.raises(ValueError, match=r"wanted at least one, all with as many pairs, got \[\] pairs"):
         backward_global(parallel, [], ALONE, seed=0, step=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "microbatches"), [(4, 1), *(pytest.param(8, m, marks=pytest.mark.extended) for m in (1, 2))]
+)
+def test_gathers_in_two_steps_agree_with_one_rank_on_the_whole_batch(size, microbatches):
+    """Two ranks a node: rows come in the order of one ring, to the bit, and losses and gradients are one rank's."""
+    usual = {"kind": "ddp", "again": False, "weights": EVERY, "variant": "paper", "microbatches": microbatches}
+    oracle = Oracle(EVERY, "paper")
+
+    def work() -> None:
+        os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % 2)
+        world = join_ranks("cpu")
+        assert world.nodes is not None
+        assert world.nodes.number == size // 2
+        layout = GlobalBatchLayout(world.rank, world.size, 2, 3, world.nodes)
+        own = normal(6, 5, seed=world.rank)
+        every = all_gather(own, layout).wait()
+        assert torch.equal(every, all_gather(own, replace(layout, nodes=None)).wait())
+        found = reduce_scatter(every * (1 + world.rank), layout).wait()
+        torch.testing.assert_close(found, own * sum(range(1, size + 1)))
+        for number, plan in enumerate(("plain", "fast")):
+            with patch.object(step, "MAX_LOGITS", 1 << 20 if number else 32):
+                check(world, usual | {"plan": plan}, oracle)
+        world.close()
+
+    with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2"}):
+        assert [ended_well(pid) for pid in in_ranks(work, size)] == [True] * size

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mvlm.model.encoders import ImageEncoder, TextEncoder
 from mvlm.model.maskvlm import MaskVLM
@@ -82,3 +83,39 @@ def test_errors_name_the_wrong_shape():
             ValueError, match=r"tokens, cu_seqlens, max_length: wanted \(T,\), \(B\+1,\) and at most 12"
         ):
             model.encode_text(torch.zeros(tokens, dtype=torch.int64), torch.zeros(starts, dtype=torch.int32), longest)
+
+
+AT = [{}, {"drop_masked": True}, {"mim_rows": "masked", "mim_share": 0.5}, {"output_positions": True}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+@pytest.mark.parametrize("changes", AT, ids=str)
+@pytest.mark.parametrize("side, ratio", [(48, 0.4), (16, 0.6)])
+def test_images_of_another_side_are_those_of_a_resized_model(side, ratio, changes, plan):
+    """Losses and gradients of a model of that side whose positions torch interpolated from the parameters."""
+    model = micro_model(**changes)
+    other = micro_model(image_size=side, image_mask_ratio=ratio, **changes)
+    tensors, position = model.state_dict(), model.image_encoder.position.detach().clone().requires_grad_()
+    square = position[1:].T.reshape(1, -1, 4, 4)
+    cells = F.interpolate(square, size=side // 8, mode="bicubic", antialias=True, align_corners=False)
+    resized = torch.cat([position[:1], cells.flatten(2)[0].T])
+    other.load_state_dict({**tensors, "image_encoder.position": resized.detach()})
+    batch, masks = micro_batch(config=other.config)
+    before = model.config
+    with model.at(other.config):
+        losses = model(batch, masks, plan=plan)
+        losses.total.backward()
+    wanted = other(batch, masks, plan=plan)
+    wanted.total.backward()
+    for name, loss in wanted.items():
+        torch.testing.assert_close(losses[name], loss, rtol=0, atol=1e-6, msg=name)  # the matrix is in fp32
+    found = {name: p.grad for name, p in model.named_parameters()}
+    (of_position,) = torch.autograd.grad(resized, position, other.image_encoder.position.grad)
+    gradients = {name: p.grad for name, p in other.named_parameters()} | {"image_encoder.position": of_position}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    assert model.config is before
+    assert torch.equal(model.image_encoder.positions(), model.image_encoder.position)
+    with pytest.raises(ValueError, match="wanted"):
+        model(batch, masks, plan=plan)

@@ -17,7 +17,10 @@ def test_a_committed_study_can_run(file: Path) -> None:
     study = read_study(file)
     assert len(study.seeds) >= 5
     arms = [
-        (trial_config(study, arm, 0, Path("data"), Path("out"), 1), [settings.get(n) for n in ("fraction", "budget")])
+        (
+            trial_config(study, arm, 0, Path("data"), Path("out"), 1_000_000),
+            [settings.get(n) for n in ("fraction", "budget")],
+        )
         for arm, settings in study.arms.items()
     ]
     assert all(arms.count(arm) == 1 for arm in arms)

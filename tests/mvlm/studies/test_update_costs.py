@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from mvlm.costs.mfu import flops_per_pair
+from mvlm.errors import ConfigError
 from mvlm.objectives.pretraining import objectives_of
 from mvlm.studies import update_costs
-from mvlm.studies.update_costs import FILE, measure_steps, step_times, update_flops
+from mvlm.studies.update_costs import FILE, measure_steps, step_times, steps_and_flops, update_flops
 from support.models import micro_batch, micro_config, micro_model, pretrain_config
 
 ONE, EIGHT = {"batch_size": 16}, {"batch_size": 16, "accumulate": 8}
@@ -31,6 +32,19 @@ def test_an_update_has_the_products_of_muon(scenes, tmp_path, unused):
     steps = 4 * flops_per_pair(config, 7.0)
     assert update_flops(config, 7.0) == pytest.approx(steps + muon, rel=1e-9)
     assert update_flops(replace(config, optimizer="adamw"), 7.0) == steps
+
+
+def test_a_budget_pays_the_updates_of_stages_at_their_own_cost(scenes, tmp_path, monkeypatch):
+    """Images of 16 px cost 16, of 32 px 32; of nine updates three are at 16 px."""
+    monkeypatch.setattr(update_costs, "update_flops", lambda config, tokens, model: float(model.image_size))
+    config = pretrain_config(scenes, tmp_path, max_steps=1000, stages=("0:16", "3:32"))
+    assert steps_and_flops(config, 7.0, {"steps": 9}) == (9, 3 * 16 + 6 * 32)
+    assert steps_and_flops(config, 7.0, {"flops": 3 * 16 + 6.9 * 32}) == (9, 3 * 16 + 6 * 32)
+    for flops, paid in ((40.0, 2), (60.0, 3)):
+        with pytest.raises(ConfigError, match=f"behind the {paid} before its stage"):
+            steps_and_flops(config, 7.0, {"flops": flops})
+    with pytest.raises(ConfigError, match="wanted enough for one step of 32 FLOPs, got 31"):
+        steps_and_flops(replace(config, stages=()), 7.0, {"flops": 31.0})
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Resumed runs against uninterrupted ones, and resumes that are refused."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from mvlm.verify.verify import verify_run
 from mvlm_dataloading import DataError, tokenizer_for
 from support.folders import LOSSES, checkpoint_contents, folder_hash, reproducible_rows, rows_of
 from support.forgery import change_tensors, checkpoint, reseal
-from support.models import pretrain_config
+from support.models import micro_config, pretrain_config
 from support.resumes import interrupt
 from support.scenes import write_scenes
 
@@ -44,6 +45,88 @@ def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, without_tens
     mine, theirs = (checkpoint_contents(run.out / "checkpoints/step_00000006") for run in (broken, whole))
     assert mine == theirs
     assert {name.split("/")[0] for name in mine} > {"model", "optimizer", "generators", "state.json"}
+
+
+STAGES = {
+    "stages": ("0:48:0.4", "2:32"),
+    "max_steps": 4,
+    "checkpoint_every_steps": 1,
+    "keep_checkpoints": 0,
+    "ema_decay": 0.9,
+}
+THREE = {"stages": ("0:48:0.4", "2:16", "4:32"), "max_steps": 6}
+
+
+def model_of(run):
+    contents = checkpoint_contents(run / "checkpoints/step_00000004")
+    return {name: value for name, value in contents.items() if name.startswith(("model/", "optimizer/", "ema/"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "further",
+    [
+        {},
+        pytest.param(THREE | {"eval_every_steps": 2, "eval_images": 4}, marks=pytest.mark.extended),
+        pytest.param(THREE | {"accumulate": 2, "checkpoint_activations": True}, marks=pytest.mark.extended),
+        pytest.param({"model": micro_config(drop_masked=True, output_positions=True)}, marks=pytest.mark.extended),
+    ],
+    ids=str,
+)
+def test_a_run_of_stages_resumes_exactly(scenes, tmp_path, without_tensorboard, further, caplog):
+    """At the boundary of two stages and within one. `mvlm verify` makes all steps again."""
+    settings = STAGES | further
+    whole = pretrain_config(scenes, tmp_path / "whole", **settings)
+    pretrain(whole)
+    rows, last = reproducible_rows(whole.out), f"checkpoints/step_{whole.max_steps:08d}"
+    assert [row["image_size"] for row in rows] == [whole.model_at(step).image_size for step in range(whole.max_steps)]
+    wanted = checkpoint_contents(whole.out / last)
+    for step in range(2, whole.max_steps):
+        broken = pretrain_config(scenes, tmp_path / str(step), **settings)
+        interrupt(broken, step)
+        torch.manual_seed(99)
+        caplog.clear()
+        pretrain(replace(broken, resume=True))
+        assert "pixels differ" not in caplog.text
+        assert reproducible_rows(broken.out) == rows
+        assert checkpoint_contents(broken.out / last) == wanted
+    *checks, _ = verify_run(whole.out, steps=whole.max_steps)  # it was not evaluated
+    assert [problem for check in checks for problem in check.problems] == []
+    assert sum("replayed" in check.what for check in checks) == whole.max_steps
+
+
+@pytest.mark.extended
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_stages_of_two_ranks_resume_exactly_and_on_one(scenes, tmp_path, without_tensorboard, on_two_ranks, parallel):
+    """At the boundary of two stages."""
+    settings = STAGES | {"precision": "fp32"}
+    one, two, again, fewer = (tmp_path / name for name in ("one", "two", "again", "fewer"))
+    pretrain(pretrain_config(scenes, one, **settings))
+    interrupt(pretrain_config(scenes, two, **settings), 0)
+
+    def run(out):
+        words = ("pretrain", "--config", out / "config.json", "--out", out, "--resume", "--parallel", parallel)
+        codes, said = on_two_ranks(*words)
+        assert codes == [0, 0], said
+
+    run(two)
+    for out in (again, fewer):
+        shutil.copytree(two, out)
+        for step in (3, 4):
+            shutil.rmtree(out / f"checkpoints/step_{step:08d}")
+    run(again)
+    pretrain(pretrain_config(scenes, fewer, resume=True, **settings))
+    assert model_of(again) == model_of(two)
+    assert reproducible_rows(again) == reproducible_rows(two)
+    for out in (two, fewer):
+        for ours, theirs in zip(rows_of(out), rows_of(one), strict=True):
+            assert [ours[name] for name in LOSSES] == pytest.approx([theirs[name] for name in LOSSES], rel=1e-4)
+
+
+def test_a_resume_with_other_stages_is_refused(scenes, run_copy):
+    with pytest.raises(RunError, match="stages: config"):
+        pretrain(pretrain_config(scenes, run_copy, checkpoint_every_steps=1, resume=True, stages=("0:16", "1:32")))
 
 
 WAYS = {"accumulate": 2, "checkpoint_activations": True, "plan": "plain", "self_attention": "math"}

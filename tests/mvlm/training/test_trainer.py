@@ -12,7 +12,7 @@ from mvlm.errors import NonFiniteLossError
 from mvlm.model import fast
 from mvlm.objectives import pretraining
 from mvlm.training.run import make_loader
-from support.models import ALONE, micro_model
+from support.models import ALONE, micro_config, micro_model
 
 
 @pytest.mark.slow
@@ -129,5 +129,23 @@ def test_compiled_steps_equal_eager_steps(start):
     for _ in range(6):
         compiled.one_step(batches)
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 3
+    for wanted, got in zip(plain.metrics.read(), compiled.metrics.read(), strict=True):
+        assert got == pytest.approx(wanted, rel=1e-6)  # numbers are kept in fp32
+
+
+@pytest.mark.extended
+@pytest.mark.slow
+def test_compiled_steps_of_stages_equal_eager_steps(start):
+    """The first step of a stage compiles the model for its images."""
+    sizes = {"image_layers": 1, "text_layers": 1, "cross_layers": 1, "decoder_layers": 1}
+    how = {"dtype": torch.float64, "sizes": sizes, "model": micro_config(**sizes), "stages": ("0:16", "2:32")}
+    plain, batches = start(**how)
+    for _ in range(3):
+        plain.one_step(batches)
+    compiled, batches = start(**how, capture="compile")
+    torch._dynamo.reset()
+    compile_step(compiled.model, ALONE, 1, False, backend="aot_eager")
+    for _ in range(3):
+        compiled.one_step(batches)
     for wanted, got in zip(plain.metrics.read(), compiled.metrics.read(), strict=True):
         assert got == pytest.approx(wanted, rel=1e-6)  # numbers are kept in fp32

@@ -40,6 +40,7 @@ def copy(failed, tmp_path) -> Path:
     [
         {},
         {"backward": True, "log_every": 4},
+        {"stages": ("0:48:0.4", "2:32")},
         pytest.param({"accumulate": 2, "plan": "plain", "checkpoint_activations": True}, marks=pytest.mark.extended),
         pytest.param({"backward": True, "accumulate": 2, "precision": "bf16"}, marks=pytest.mark.extended),
     ],
