@@ -378,7 +378,7 @@ class VisualQuestionAnswering(Task):
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
-        """VQA accuracy in per cent with its 95 % interval, bootstrapped over images; also by type of answer, of question.
+        """VQA accuracy in per cent, by type of answer and question too; its 95 % interval is bootstrapped over images.
 
         For a split without answers, the number of questions alone: the benchmark's server scores its predictions.
         """
