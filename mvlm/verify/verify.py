@@ -353,7 +353,7 @@ class Replay:
                 yield f"{last.name}: {name} {theirs}, replayed {ours}"
 
     def _make(self, segment: Segment) -> tuple[Trainer, list[dict[str, Any]]]:
-        """Train the steps of a segment. Returns the trainer, and rows of metrics of the steps that have one in the run."""
+        """Train the steps of a segment. Returns the trainer, and a row of metrics wherever the run has one."""
         rows: list[dict[str, Any]] = []
         claims = self.claims
         first = claims.part_of(segment.start + 1)
