@@ -160,7 +160,7 @@ def identify(source: Path | str) -> dict[str, str]:
 
 
 def check_start(start: dict[str, str], state: dict[str, Any], checkpoint: Path) -> None:
-    """Raise RunError unless a run's initial model is the one that its checkpoint was trained from, by path and hash.
+    """Raise RunError unless a run's initial model has the hash of the one that its checkpoint was trained from.
 
     Args:
         start: path and hash of the initial model, from `identify`.
