@@ -59,7 +59,7 @@ class Verdict:
     score: float
     """Score of this sample in per cent. The mean over all verdicts of a split is the task's main figure."""
     right: bool | None
-    """Whether the prediction counts as right; None if it is partly right, such as an answer of too few annotators."""
+    """True if the prediction counts as right; None if it is partly right, such as an answer of too few annotators."""
     label: str = ""
     """The right label, for a confusion matrix; empty for a task without labels."""
 
