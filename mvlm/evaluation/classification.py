@@ -84,7 +84,7 @@ def classify_briefly(
 
 
 def hits_of(similarity: Tensor, labels: Tensor) -> Tensor:
-    """Whether each image's class is among the nearest 1 and 5: uint8 (n, 2), 1 = yes.
+    """Find if each image's class is among the nearest 1 and 5: uint8 (n, 2), 1 = it is.
 
     Args:
         similarity: (n, m), of n images with m classes.
