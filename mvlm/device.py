@@ -85,7 +85,7 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Dtype in which torch now computes a matrix product of x: autocast's if it is on and x is not float64, else x's."""
+    """Dtype in which torch now multiplies x with a matrix: autocast's if it is on and x is not float64, else x's."""
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
     return x.dtype if dtype is None else dtype
 

@@ -56,7 +56,7 @@ def whole_number(name: str, value: Any, least: int | None = 1, most: int | None 
 
 
 def shown(value: Any) -> str:
-    """Describe a value for an error: its repr if it is a number, text or None of at most 40 characters, else its type."""
+    """Describe a value for an error: its repr if it is a plain value of at most 40 characters, else its type."""
     if value is None or isinstance(value, bool | int | float | str | bytes):
         written = repr(value)
         if len(written) <= 40:
@@ -83,7 +83,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_out_of_room(error: BaseException) -> bool:
-    """True for an error of the system or a library that says that a disk, a quota or a file's largest size is reached."""
+    """True for an error of the system or a library by which a disk is full, or a quota or a file's limit is reached."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return True
     # Libraries written in Rust and C++ raise errors of their own, with the system's words.
