@@ -70,7 +70,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "bench": bench,
     },
 }
-"""Commands by what they are for, in the order of `mvlm --help`."""
+"""Function of each command by its words, such as "data emoji", in the groups and the order of `mvlm --help`."""
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 FAMILIES = {
     "data": "Build a data set, or change and check built ones",
@@ -101,7 +101,11 @@ def usage(family: str = "") -> str:
 
 
 def _entries(group: dict[str, Callable[..., None]], family: str) -> dict[str, str]:
-    """First line of help of each command of a group that is of `family`; without a family, one entry for each."""
+    """Entries of `mvlm --help`: name -> one line of help.
+
+    With `family`, such as "data", each command of this family in the group. Else all commands of the group, with one
+    entry for each family.
+    """
     entries: dict[str, str] = {}
     for name, command in group.items():
         first, _, second = name.partition(" ")
@@ -114,7 +118,11 @@ def _entries(group: dict[str, Callable[..., None]], family: str) -> dict[str, st
 
 
 def find_command(arguments: Sequence[str]) -> Callable[[], object]:
-    """The command that the arguments begin with, ready to run with the others. ConfigError if there is none."""
+    """Find the command that the arguments begin with, and parse the others.
+
+    Returns a function without parameters that runs it. ConfigError if there is no such command, or if arguments do not
+    fit.
+    """
     from mvlm.errors import ConfigError
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -146,13 +154,13 @@ def find_command(arguments: Sequence[str]) -> Callable[[], object]:
 
 
 def _at_home(word: str) -> str:
-    """A word with the home folder for a leading ~, which a shell leaves in `--out=~/runs`."""
+    """Replace a leading ~ of an argument, or of VALUE in FLAG=VALUE, which shells leave alone, by the home folder."""
     flag, sign, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
     return f"{flag}{sign}{os.path.expanduser(path)}" if path == "~" or path.startswith("~/") else word
 
 
 def _without_follow_links(words: list[str]) -> list[str]:
-    """The words of a command without --follow-links, which holds for this process and for those that it starts."""
+    """Remove --follow-links from a command's arguments, and turn it on for this process and those that it starts."""
     if "--follow-links" in words:
         os.environ[FOLLOW_LINKS] = "1"
     return [word for word in words if word != "--follow-links"]

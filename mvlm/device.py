@@ -85,13 +85,13 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix product of x at this point: autocast's if it is on and x is not float64, else x's."""
+    """Dtype in which torch now multiplies x with a matrix: autocast's if it is on and x is not float64, else x's."""
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
     return x.dtype if dtype is None else dtype
 
 
 def mean_seconds(work: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Mean seconds of a call of `work`, over `calls` calls in a row, with the device's work done."""
+    """Mean seconds of a call of `work` over `calls` calls in a row, including what they leave a GPU to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()

@@ -56,7 +56,7 @@ def whole_number(name: str, value: Any, least: int | None = 1, most: int | None 
 
 
 def shown(value: Any) -> str:
-    """A short value as it is written in Python; of any other value its type."""
+    """Describe a value for an error: its repr if it is a plain value of at most 40 characters, else its type."""
     if value is None or isinstance(value, bool | int | float | str | bytes):
         written = repr(value)
         if len(written) <= 40:
@@ -73,7 +73,7 @@ _NO_ROOM_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if memory was asked for that the machine or its GPU does not have, by torch, Python or the system."""
+    """True for an error of torch, Python or the system that says that memory of the machine or its GPU is used up."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     # torch has a class for a GPU's memory alone. It is known by its name, as torch is slow to import.
@@ -83,7 +83,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_out_of_room(error: BaseException) -> bool:
-    """True if a disk, a quota or a limit of file sizes has no room for what was written, by the system or a library."""
+    """True for an error of the system or a library by which a disk is full, or a quota or a file's limit is reached."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return True
     # Libraries written in Rust and C++ raise errors of their own, with the system's words.

@@ -22,9 +22,9 @@ from mvlm.untrusted import run_errors
 from mvlm_dataloading import files, untrusted
 
 LOCK = ".lock"
-"""File in a folder that the process holds which writes there."""
+"""Name of the file in a folder on which a process holds a lock while it writes there."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Types of the numbers in a file of weights. They are converted to the model's own when they are read."""
+"""Dtypes that tensors of a file of weights may have. They are converted to the model's own when they are read."""
 
 
 def check_folder(path: Path, wanted: str) -> None:
@@ -36,7 +36,7 @@ def check_folder(path: Path, wanted: str) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `out` when the block ends without an error, and else is removed.
+    """Context with a new folder, which is renamed to `out` if the block ends without an error, and else removed.
 
     RunError if `out` is a file, or a folder that is not empty.
     """
@@ -81,7 +81,7 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """Context that reads a safetensors file. RunError if it cannot be read as one."""
+    """Context in which a safetensors file is read: OSErrors and errors of its format become RunErrors that name it."""
     from safetensors import SafetensorError
 
     try:
@@ -156,12 +156,12 @@ def check_fit(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, .
 
 
 def check_types(wanted: Mapping[str, Tensor], stored: Mapping[str, set[torch.dtype]], where: Path) -> None:
-    """Raise RunError for a type that is not that of the tensor `wanted`; floats may be any of `FLOATS`.
+    """Raise RunError if a stored tensor has another dtype than the wanted one; floating ones may be any of `FLOATS`.
 
     The same bytes are other numbers in another type, and torch would convert integers to floats without a word.
 
     Args:
-        stored: types of all parts of each tensor.
+        stored: dtypes of all parts of each tensor, by name.
     """
     for name, tensor in wanted.items():
         if other := stored[name] - {*(FLOATS if tensor.dtype in FLOATS else (tensor.dtype,))}:

@@ -15,7 +15,7 @@ PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda
 
 
 FINER = {"family": "cpu family", "model": "model", "stepping": "stepping"}
-"""Fields of /proc/cpuinfo that tell processors of one name apart."""
+"""Names of ours for the fields of /proc/cpuinfo in which processors with equal names may differ."""
 
 
 @cache

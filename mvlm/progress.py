@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 20.0
 """Without a terminal, lines are at least this far apart."""
 STEPS_OF_AN_ESTIMATE = 20
-"""The time left is shown after as many steps."""
+"""Steps of training after which an estimate of the time left is shown."""
 
 
 class _Bar:
-    """A context that shows a bar, if there is one."""
+    """Context in which a progress bar is drawn, if a subclass has made one."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -91,7 +91,7 @@ class TrainingProgress(_Bar):
 
 
 def _discard_output(stream: TextIO) -> None:
-    """Send all further output of the stream to /dev/null, with what is still in its buffer."""
+    """Discard all further output to a stream, and what is still in its buffer, by pointing it to /dev/null."""
     # Without this, the interpreter writes the buffer at exit, fails again, and exits with an error code.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())

@@ -42,7 +42,7 @@ class Manifest(TypedDict):
 
 
 class MirroredFile(TypedDict):
-    """A file of a copied checkpoint."""
+    """Length and hash of a file of a checkpoint that was copied to an object store."""
 
     bytes: Count
     sha256: Sha256
@@ -63,7 +63,7 @@ class Start(TypedDict):
 
 
 class Adapters(TypedDict):
-    """Adapters of a run, and the model that they belong to."""
+    """Scale `alpha` of a run's LoRA adapters, and the trained model that they are added to."""
 
     alpha: Annotated[float, Meta(gt=0, le=1e6)]
     start: Start
@@ -90,7 +90,7 @@ MetricsValues = dict[str, Number | bool | None]
 
 
 class Machine(TypedDict):
-    """Machine that trained a part of a run."""
+    """Machine and ranks of one of the processes that trained a run."""
 
     device: Text
     processor: Text
@@ -101,7 +101,7 @@ class Machine(TypedDict):
 
 
 class StepMachine(TypedDict):
-    """Machine of a failed step, whose threads and ranks are taken to make it again."""
+    """Machine on which a training step failed; the step is made again with its numbers of threads and ranks."""
 
     device: Text
     processor: Text
@@ -111,7 +111,7 @@ class StepMachine(TypedDict):
 
 
 class StartEvent(TypedDict):
-    """Line of history.jsonl: a process trains on after a step."""
+    """Line of a run's history.jsonl: a process begins to train behind `step`, which is 0 for a new run."""
 
     event: Literal["start"]
     step: Count
@@ -126,15 +126,15 @@ class StartEvent(TypedDict):
 
 
 class FailedStepState(TypedDict):
-    """state.json of a failed step."""
+    """state.json of a training step whose loss or gradients were not finite, kept to be made again."""
 
     step: Count
     values: dict[Text, Annotated[str, Meta(pattern=r"^(nan|-?inf|-?[0-9.]{1,40}(e[+-]?[0-9]{1,4})?)$")]]
-    """Losses and gradient norms, as Python writes them."""
+    """Losses and gradient norms by name, each as the `repr` of a float."""
     samples: list[str]
     frozen: list[Text]
     left_out: dict[Text, Count]
-    """Bytes of the parts that were too large."""
+    """Sizes in bytes of the folders of tensors that were too large to be kept, by name."""
     microbatches: Annotated[int, Meta(ge=1, le=2**20)]
     precision: Literal["bf16", "fp32"]
     machine: StepMachine
@@ -142,7 +142,7 @@ class FailedStepState(TypedDict):
 
 
 class SaveEvent(TypedDict):
-    """Line of history.jsonl: a checkpoint is saved."""
+    """Line of a run's history.jsonl: a checkpoint of `step` is saved."""
 
     event: Literal["save"]
     step: Count
@@ -183,7 +183,7 @@ class FinishedEmbedding(Embedding):
 
 
 class IndexAbout(TypedDict):
-    """Table `about` of a search index."""
+    """Description of a search index, the JSON in its table `about`."""
 
     format_version: int
     model: Sha256
@@ -194,7 +194,7 @@ class IndexAbout(TypedDict):
 
 
 class IndexRow(TypedDict):
-    """An answer of a search index, with its metadata parsed."""
+    """Row of a search index, as an answer to a query, with its metadata parsed."""
 
     id: Annotated[str, Meta(max_length=65536)]
     split: Text
@@ -207,7 +207,7 @@ class IndexRow(TypedDict):
 
 
 class Result(TypedDict):
-    """Result of a trial of a study."""
+    """result.json of a finished trial of a study; only the fields that readers rely on."""
 
     settings: dict[str, Any]
     format_version: NotRequired[int]

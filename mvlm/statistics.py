@@ -105,9 +105,10 @@ def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> float:
 
 
 def _widening(seeds: int) -> float:
-    """Half the width of Student's t interval over that of the bootstrap's, if its means were normal.
+    """Ratio of the widths of Student's t interval and of a bootstrap interval, of the mean of so many seeds.
 
-    Means of S drawn values have the variance (S - 1) / S of what the mean's is estimated to be.
+    A bootstrap's means of S drawn values have only (S - 1) / S of the estimated variance of the mean, and its interval
+    is taken to be that of a normal distribution.
     """
     return float(np.sqrt(seeds / (seeds - 1)) * t_quantile(seeds - 1) / NORMAL)
 

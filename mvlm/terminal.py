@@ -18,7 +18,10 @@ def say(text: object, *, end: str = "\n", file: TextIO | None = None, flush: boo
 
 
 def visible(text: object) -> str:
-    """A text with control characters but line ends and tabs escaped. URLs have both slashes, and no credentials."""
+    """Make a text safe to print: control characters other than line ends and tabs are escaped.
+
+    URLs in it lose user names and passwords, and get back a slash that a path lost (s3:/ becomes s3://).
+    """
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in hidden(intact(text)).split("\n"))
 
 

@@ -27,7 +27,7 @@ def read_json(file: Path, kind: str, wanted: str, schema: Any = None, *, within:
     """The value of a JSON file, which is as its schema says.
 
     Args:
-        kind: of `mvlm_dataloading.untrusted.LIMITS`.
+        kind: key of `mvlm_dataloading.untrusted.LIMITS`, for the largest size that the file may have.
         wanted: the noun phrase for the content, for errors.
         schema: of `mvlm.schemas`. Default: any JSON.
         within: folder that the file has to lie in, once links are resolved. Default: the folder that it is in.
@@ -61,7 +61,7 @@ def json_lines(file: Path, *, within: Path | None = None) -> Iterator[dict[str, 
 
 
 def read_spec(file: Path) -> Any:
-    """Specification of unfinished work, from its plan.json. None without a file, or if a kill cut it short."""
+    """Read plan.json, the specification of unfinished work. None if there is no such file, or if it is incomplete."""
     try:
         return read_json(file, "settings", "the specification of unfinished work")
     except (OSError, RunError):

@@ -10,7 +10,10 @@ from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 SLEEP = {"GOMP_SPINCOUNT": "1000"}
-"""Turns after which a thread sleeps, some microseconds. libgomp reads it once, when torch is imported."""
+"""Variable that limits for how many rounds a waiting thread of libgomp spins before it sleeps: some microseconds.
+
+libgomp reads it once, when torch is imported.
+"""
 SAMPLES, PAUSE = 5, 0.002
 
 
@@ -27,9 +30,14 @@ def busy_others(read: Callable[[], str] = Path("/proc/loadavg").read_text) -> in
 
 
 def let_threads_sleep(environment: MutableMapping[str, str], others: int, cores: int) -> str | None:
-    """Let threads sleep where they wait, if others want the cores; called before torch is imported.
+    """Set variables in `environment` by which waiting OpenMP threads sleep, if other processes want the cores.
 
-    Returns a sentence that says so; None if nothing was changed, as when the environment decides.
+    Call it before torch is imported. Returns a sentence for the user; None if nothing was changed, as when the
+    environment already has a variable for it.
+
+    Args:
+        others: busy threads of other processes.
+        cores: cores that this process may use.
     """
     threads = int(own) if (own := environment.get("OMP_NUM_THREADS", "")).isdigit() else cores
     if others + threads <= cores or threads < 2 or {"OMP_WAIT_POLICY", *SLEEP} & environment.keys():
@@ -46,6 +54,6 @@ NOTICE: list[str] = []
 
 
 def prepare() -> None:
-    """Look at the machine once, at the start of a command."""
+    """Let OpenMP's threads sleep while they wait if the machine is busy now; called once, at the start of a command."""
     if notice := let_threads_sleep(os.environ, busy_others(), len(os.sched_getaffinity(0))):
         NOTICE.append(notice)

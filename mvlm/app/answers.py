@@ -23,7 +23,7 @@ from mvlm_dataloading.images.limits import ImageLimits
 LIMITS = ImageLimits(max_bytes=MAX_BYTES, max_pixels=40_000_000, max_memory=150_000_000)
 """Limits of one image. SECURITY.md lists the others."""
 MAX_CHARACTERS = 1_000
-"""Longest text."""
+"""Most characters of a text that a visitor sends."""
 MAX_LABELS = 100
 MAX_TEXTS = 1_000
 """Most texts of one question: labels times templates."""
@@ -33,7 +33,7 @@ TIMED_TEXTS = 32
 SIDE = 288
 """Side of the images that are shown, in pixels."""
 PARTS = ("nothing", "left half", "right half", "top half", "bottom half", "scattered, as in training")
-"""Parts of an image that a button rubs out."""
+"""Parts of an image that a visitor can hide from the model by a button."""
 TOP = 5
 log = logging.getLogger(__name__)
 
@@ -90,14 +90,17 @@ def about_task(model: TrainedModel) -> str:
 
 
 def images_of_task(model: TrainedModel) -> int:
-    """Images of a sample of the model's task; 0 without a task that predicts."""
+    """Number of images in a sample of the model's task, such as 2 for NLVR2; 0 for a model without such a task."""
     if model.task is None or model.task.whole_batch:
         return 0
     return model.task.loader_options().get("strip", 1)
 
 
 def ask(model: TrainedModel, *given: Any) -> str:
-    """The prediction of the model's task for its images, and for a text if the task reads one."""
+    """Prediction of the model's task, as text.
+
+    given: the images of a sample, and then its text if the task reads one.
+    """
     count = images_of_task(model)
     images = [_given(image) for image in given[:count]]
     texts = [check_text(text) for text in given[count:]]
@@ -119,7 +122,7 @@ def fill(model: TrainedModel, image: Image.Image | None, text: str | None) -> tu
 
 
 def most_shared_texts(model: TrainedModel) -> int:
-    """Texts of the longest length that a model encodes in SHARED_SECONDS on this machine, at most MAX_TEXTS."""
+    """Number of texts of full length that a model encodes within SHARED_SECONDS on this machine, at most MAX_TEXTS."""
     longest = model.network.config.text_length
     texts = [shortened("a " * longest, model.tokenizer, longest)] * TIMED_TEXTS
     model.embed_texts(texts[:1])  # the first call is slower
@@ -172,7 +175,7 @@ def rebuild(
 
 
 def hide_part(model: TrainedModel, part: str) -> NDArray[np.bool_]:
-    """Patches (rows, columns) of a part of the image, one of PARTS."""
+    """Grid of patches, bool (rows, columns), True = hidden, that hides one of PARTS of the image."""
     side = _side(model)
     if part == PARTS[-1]:
         return model.reconstruct(Image.new("RGB", (side, side)), "a").hidden
@@ -187,7 +190,7 @@ def hide_part(model: TrainedModel, part: str) -> NDArray[np.bool_]:
 
 
 def _side(model: TrainedModel) -> int:
-    """Patches of a side of the model's images."""
+    """Number of patches along a side of the model's images."""
     return model.network.config.image_size // model.network.config.patch_size
 
 
@@ -201,12 +204,12 @@ def toggle_patch(hidden: NDArray[np.bool_], point: Sequence[float]) -> NDArray[n
 
 
 def write_patches(hidden: NDArray[np.bool_]) -> str:
-    """Patches (rows, columns) as a text, 1 for a hidden one, row by row. The browser keeps it."""
+    """Write the grid of hidden patches, bool (rows, columns), as text for the browser: row by row, 1 = hidden."""
     return "".join("01"[int(patch)] for patch in hidden.ravel())
 
 
 def read_patches(model: TrainedModel, text: str | None) -> NDArray[np.bool_]:
-    """Patches (rows, columns) of such a text. ConfigError for any other."""
+    """Grid of hidden patches, bool (rows, columns), from the text of `write_patches`. ConfigError for another text."""
     side = _side(model)
     if text is None or len(text) != side * side or not set(text) <= {"0", "1"}:
         raise ConfigError("image: wanted its patches, found others; load the page again")

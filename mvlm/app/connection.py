@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mvlm.app.shares import Shares, Visitor, visitor_of
 
 MAX_CONNECTIONS = 256
-"""Open connections. The oldest of the greediest visitor makes room for another's."""
+"""Most open connections. Beyond that the oldest connection of the visitor with the most is closed."""
 HEADER_SECONDS = 10.0
 """Longest time without a whole request, from the first byte of a connection or the end of the last answer."""
 WRITE_SECONDS = 30.0
@@ -20,15 +20,15 @@ WRITE_SECONDS = 30.0
 MAX_HEADERS, MAX_HEAD = 100, 16_384
 """Headers of a request, and bytes of its request line and headers together."""
 ODD_LINES = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]|[^\t\r\n -~\x80-\xff]")
-"""Ends of lines that are not CR LF, lines that go on in the next one, and control characters."""
+"""Pattern of faults in a request's head: line ends other than CR LF, folded header lines, and control characters."""
 LENGTH = re.compile(rb"(?im)^content-length:[ \t]*(.*?)[ \t]*\r$")
 
 
 class StrictHTTP(h11.Connection):
-    """The server's side of HTTP/1.0 and 1.1, which takes nothing that another program may read otherwise.
+    """Server's side of HTTP/1.0 and 1.1, which refuses requests that a proxy in front of it may parse differently.
 
-    A request has one length in digits, or none and no body. Whatever is odd about it is a RemoteProtocolError, and
-    `status` is the answer to it.
+    A request has one Content-Length of digits, or no body. Anything else raises RemoteProtocolError, and `status` is
+    the HTTP status to answer with.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class StrictHTTP(h11.Connection):
         self.status = HTTPStatus.BAD_REQUEST
 
     def next_event(self) -> Any:
-        """The next event, as h11 has it, once a request's head is checked."""
+        """The next event of h11. A request's head is checked first."""
         before = self.trailing_data[0] if self.their_state is h11.IDLE else b""
         try:
             event = super().next_event()
@@ -49,7 +49,10 @@ class StrictHTTP(h11.Connection):
 
 
 def _check_head(head: bytes, request: h11.Request) -> None:
-    """RemoteProtocolError for a request line and headers that h11 takes and the page does not."""
+    """Raise RemoteProtocolError for a request line or headers that h11 accepts but this server refuses.
+
+    head: bytes of the request line and the headers.
+    """
     lengths = LENGTH.findall(head)
     names = [name for name, _ in request.headers]
     for is_odd, status in (

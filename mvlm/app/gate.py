@@ -75,7 +75,7 @@ class Refused(Exception):
 
 
 class Question(NamedTuple):
-    """An event of the page that is answered by the server."""
+    """Inputs of an event of the page, such as a click on a button, that the server answers."""
 
     inputs: tuple[str | tuple[str, ...], ...]
     """For each input `image`, `text`, or the choices of a radio button."""
@@ -269,7 +269,7 @@ class Gate:
             raise Refused(400, "this page has another name; whoever runs it can add one with --allow-host")
 
     def _forwarded_host(self, headers: Headers) -> str | None:
-        """The name that the page has at the proxy. A page of another site cannot make a browser send this header."""
+        """X-Forwarded-Host, the name under which a browser reached the proxy. No page of another site can set it."""
         host = headers.get("x-forwarded-host", "")
         return host if self._behind_proxy and HOST.fullmatch(host) else None
 
@@ -280,7 +280,7 @@ class Gate:
             raise Refused(403, "a page of another site may not send here")
 
     def _for_gradio(self, scope: Scope, given: Sequence[tuple[bytes, bytes]] = ()) -> Scope:
-        """The scope with the headers that Gradio needs, and without a query."""
+        """ASGI scope of a request for Gradio: with the headers that Gradio needs alone, and without a query."""
         headers = Headers(scope=scope)
         kept = [(name, value) for name, value in scope["headers"] if name in KEPT_HEADERS]
         if host := self._forwarded_host(headers):
@@ -291,7 +291,7 @@ class Gate:
         return {**scope, **own}
 
     def visitor(self, scope: Scope) -> Visitor:
-        """Whoever sent a request: the address, and the name in the page's cookie, which nobody else knows."""
+        """Identify the sender of a request by the IP address and the page's cookie, whose value nobody else knows."""
         headers = Headers(scope=scope)
         address = scope["client"][0] if scope.get("client") else ""
         forwarded = ",".join(headers.getlist("x-forwarded-for"))
@@ -301,7 +301,7 @@ class Gate:
         return visitor_of(address, found[1] if found else "")
 
     def _named(self, scope: Scope) -> Visitor:
-        """Whoever sent a request, and has opened the page before."""
+        """Identify the sender of a request as `visitor` does. Refused without a cookie: the page was never opened."""
         visitor = self.visitor(scope)
         if not visitor.cookie:
             raise Refused(403, "wanted this page's cookie, found none; allow cookies and load the page again")
@@ -409,7 +409,7 @@ def is_local(host: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    """A host as it is compared: lower case, no brackets, IPv4 inside IPv6 as IPv4."""
+    """Normalise a host name or address for comparison: lower case, no brackets, IPv4 inside IPv6 as IPv4."""
     name = name.strip("[]").rstrip(".").lower()
     try:
         address = ipaddress.ip_address(name)
@@ -425,13 +425,16 @@ _NO_FORM = "upload: wanted a form with one image in it; choose an image"
 
 
 def _check_length(headers: Headers, limit: int, sentence: str) -> None:
-    """Refuse a body that is too large by its length, which the server holds it to."""
+    """Refuse a request whose Content-Length exceeds `limit`; the server reads no more than that length.
+
+    sentence: the answer to the visitor.
+    """
     if int(headers.get("content-length", "0")) > limit:
         raise Refused(413, sentence)
 
 
 class _Sent:
-    """A `send` that adds the page's headers, and knows whether an answer has begun."""
+    """ASGI `send` that adds the page's headers to every answer, and knows whether the answer has begun."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -96,7 +96,7 @@ def build_page(model: TrainedModel, gallery: Gallery | None, name: str, most_tex
 
 
 def _shown(image: bytes) -> Image.Image:
-    """An encoded image, turned as its EXIF data say, what is transparent on white, and no larger than it is shown."""
+    """Decode an image for display: turned as its EXIF data say, transparent areas white, scaled down if too large."""
     shown = rgb_image(image)
     shown.thumbnail((2 * TALL, 2 * TALL))
     return shown
@@ -250,7 +250,7 @@ def _on(page: Page, events: list[Any], answer: Callable[..., Any], inputs: list[
 
 
 def _answer(answer: Callable[..., Any], values: tuple[Any, ...]) -> Any:
-    """The answer. Any error becomes one sentence on the page."""
+    """Call `answer` with the visitor's values and return the result. Any error becomes one sentence on the page."""
     try:
         return answer(*(answers.check_image(value) if isinstance(value, Path) else value for value in values))
     except ValueError as error:  # ours are ValueErrors of one line

@@ -13,7 +13,7 @@ Thing = TypeVar("Thing", bound=Hashable)
 
 
 class Visitor(NamedTuple):
-    """Whoever has a share. Cookies cost nothing: those of an address have one address's share together."""
+    """Visitor of the page, by IP address and cookie. All cookies of an address share what one address may have."""
 
     address: str
     cookie: str
@@ -31,24 +31,25 @@ def visitor_of(address: str, cookie: str = "") -> Visitor:
 
 
 class Shares(Generic[Thing]):
-    """Things that visitors hold, with a limit of their sizes together. An address holds at most half of it.
+    """Things such as files or connections that visitors hold, with a limit on the sum of their sizes.
 
-    Above that the oldest thing of the greediest goes: of the address that holds most, and there of the cookie that
-    holds most. Nothing goes for an address that holds as much. One thread at a time may use it.
+    An address may hold at most half of the limit. Beyond these limits the oldest thing is dropped of the address that
+    holds most, and there of the cookie that holds most. Others lose nothing to an address that holds as much as they
+    do. Only one thread at a time may use it.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._held: dict[Thing, tuple[Visitor, int]] = {}
         self._sizes: Counter[str | Visitor | None] = Counter()
-        """Sizes together: of an address, of a visitor, and of everybody under None."""
+        """Sum of the sizes that an address holds, that a visitor holds, and, under None, that all hold."""
 
     def __iter__(self) -> Iterator[Thing]:
         """Iterate over the held things, the oldest first."""
         return iter(self._held)
 
     def add(self, thing: Thing, visitor: Visitor, size: int = 1) -> list[Thing]:
-        """Note that a visitor holds a thing, now the newest. Returns those that go for it, and are no longer held."""
+        """Note that a visitor holds a thing, the newest one. Returns the things that had to be dropped for it."""
         self.remove(thing)
         self._held[thing] = visitor, size
         self._count(visitor, size)
@@ -82,7 +83,10 @@ class Busy(Exception):
 
 @contextlib.asynccontextmanager
 async def place(places: Shares[asyncio.Timeout], visitor: Visitor, seconds: float) -> AsyncIterator[None]:
-    """Inside the block a visitor has one of the places, for so many seconds at most. Busy if it is lost."""
+    """Context in which a visitor has one of a limited number of places.
+
+    Raises Busy if others need the place, or after `seconds`.
+    """
     try:
         async with asyncio.timeout(seconds) as limit:
             for other in places.add(limit, visitor):
@@ -104,10 +108,10 @@ class _Request:
 
 
 class Line:
-    """Requests that wait for their turn, which one has at a time.
+    """Queue of requests of which one at a time is served.
 
-    The turns go round the addresses, and for each address round its cookies, so that who asks for much waits behind
-    those who ask for little.
+    Turns go round the addresses, and for each address round its cookies, so that visitors with many requests wait
+    behind those with few.
 
     Args:
         places: requests that wait at most.
@@ -119,11 +123,11 @@ class Line:
         self._waiting: Shares[_Request] = Shares(places)
         self._served: _Request | None = None
         self._ended: dict[str | Visitor, float] = {}
-        """When the last turn of an address, or of a visitor, ended."""
+        """Time (`time.monotonic`) at which the last turn of an address, or of a visitor, ended."""
 
     @contextlib.asynccontextmanager
     async def turn(self, visitor: Visitor) -> AsyncIterator[None]:
-        """Inside the block it is this visitor's turn. Busy if it does not come."""
+        """Context that waits for this visitor's turn and holds it. Busy if the turn does not come in time."""
         request = _Request(visitor, time.monotonic(), asyncio.get_running_loop().create_future())
         for other in self._waiting.add(request, visitor):
             if not other.called.done():
@@ -156,6 +160,6 @@ class Line:
         self._served.called.set_result(True)
 
     def _since(self, request: _Request) -> list[float]:
-        """Since when an address waits for its turn, and since when this visitor does there."""
+        """Times since which a request's address, and its visitor, wait for a turn; the earliest is served next."""
         holders = (request.visitor.address, request.visitor)
         return [max(request.asked, self._ended.get(holder, 0.0)) for holder in holders]

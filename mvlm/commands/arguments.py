@@ -58,7 +58,10 @@ def parse(target: Callable[..., Any], words: Sequence[str], *, prog: str, **opti
 
 
 def check_old_flags(words: Sequence[str], prog: str) -> None:
-    """Raise ConfigError for a flag, or a value of a flag, that has a new name, or whose setting was removed."""
+    """Raise ConfigError for a flag, or a value of one, of earlier versions that has been renamed or removed.
+
+    prog: the command, such as "mvlm pretrain".
+    """
     renamed, gone = {}, {}
     for command, names in RENAMED.items():
         if f"{prog} ".startswith(f"{command} "):  # the prog of `pretrain` ends in the preset
@@ -125,9 +128,10 @@ def one_line(box: str) -> str:
 
 
 def check_result_file(out: Path | None, ranks: int = 1) -> None:
-    """Raise ConfigError unless `out` is None, a new file, an empty one, or an evaluation's figures, to be replaced.
+    """Raise ConfigError unless an evaluation may write its figures to `out`, before it begins.
 
-    Several ranks need a file.
+    It may be a new file, an empty one, or figures of an earlier evaluation, which are replaced; or None, if there is
+    only one rank.
     """
     if out is None and ranks > 1:
         raise ConfigError("out: wanted a file, beside which the ranks share their work, found none; add --out FILE")
@@ -143,7 +147,7 @@ def check_result_file(out: Path | None, ranks: int = 1) -> None:
 
 
 def report_figures(figures: dict[str, Any], out: Path | None, **further: Any) -> None:
-    """Print figures as JSON, and write them to `out`, if it is given, with `further` values behind them."""
+    """Print figures as JSON, and write them with the `further` values to the file `out`, if one is given."""
     from mvlm_dataloading.files import write_json
 
     say(json.dumps(figures, indent=1))
@@ -152,12 +156,21 @@ def report_figures(figures: dict[str, Any], out: Path | None, **further: Any) ->
 
 
 def check_page(out: Path | None, flag: str = "out") -> None:
-    """Raise ConfigError unless `out`, of a flag, is None, a new file, an empty one, or an HTML page, to be replaced."""
+    """Raise ConfigError unless a page may be written to `out`: None, a new or empty file, or an HTML page to replace.
+
+    flag: the flag that names the file, for the error.
+    """
     check_replaced(out, "an earlier page", lambda content: content.lower().startswith(b"<!doctype html"), flag)
 
 
 def check_replaced(out: Path | None, wanted: str, is_ours: Callable[[bytes], bool], flag: str = "out") -> None:
-    """Raise ConfigError unless `out`, of a flag, is None, a new file, an empty one, or one whose content is ours."""
+    """Raise ConfigError unless a file may be written to `out`: None, a new or empty file, or one that is replaced.
+
+    Args:
+        wanted: noun phrase for a file that may be replaced, for the error.
+        is_ours: True for the content of such a file.
+        flag: the flag that names the file, for the error.
+    """
     if out is None:
         return
     if not out.name or out.is_dir():
@@ -181,6 +194,9 @@ def read_json(content: bytes) -> Any:
 
 
 def check_no_input(out: Path | None, *others: Path | None, flag: str = "out") -> None:
-    """Raise ConfigError if `out`, of a flag, is one of the other files that a command reads or writes."""
+    """Raise ConfigError if the file `out`, which a command writes, is one of the others that it reads or writes.
+
+    flag: the flag that names `out`, for the error.
+    """
     if out is not None and any(file is not None and out.resolve() == file.resolve() for file in others):
         raise ConfigError(f"{flag}: wanted another file than the others, got {out}")

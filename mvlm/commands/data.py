@@ -40,7 +40,10 @@ def source_commands() -> dict[str, Callable[..., None]]:
 
 
 def command_of(function: "Callable[..., Source]") -> Callable[..., None]:
-    """The command that builds a source's data set: the function's parameters, OUT, and the options of all builds."""
+    """Make the command `mvlm data NAME` from the function that opens the source NAME.
+
+    Its arguments are the function's parameters, the folder OUT, and the options that all builds have.
+    """
     own = inspect.signature(function).parameters.values()
     hints = get_type_hints(function)
     alone = [p.replace(annotation=hints[p.name]) for p in own if p.kind is p.POSITIONAL_ONLY]
@@ -249,7 +252,10 @@ def link(
 
 
 def linked_summary(out: Path | str, description: dict[str, Any]) -> str:
-    """Linked data, their samples by split and those that were left out, as text."""
+    """Line of text for the user: the folder of linked data, its samples by split, and samples that were left out.
+
+    description: content of its dataset.json.
+    """
     left_out = "".join(f"; left out: {n} {reason}" for reason, n in description.get("rejected", {}).items())
     return f"{out}: {counts(description)}{left_out}"
 

@@ -164,7 +164,10 @@ def eval_classes(
 
 
 def eval_task(task: str) -> Callable[..., None]:
-    """The command `mvlm eval TASK` of a task, by its name or its Python file."""
+    """Make the command `mvlm eval TASK`, with a flag for each of the task's options of prediction.
+
+    task: name of the task, or path of its Python file.
+    """
     options = stated(task, "prediction_options")
 
     def evaluate(

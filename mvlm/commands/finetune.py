@@ -66,7 +66,11 @@ def parse_config(arguments: Sequence[str]) -> "FinetuneConfig":
 
 
 def _repeated(source: str, task: str) -> "FinetuneConfig":
-    """The configuration of a fine-tuned run from its config.json. `task`: the word before --config, or empty.
+    """Read the configuration of a fine-tuned run from its config.json, to repeat the run.
+
+    Args:
+        source: path of the config.json.
+        task: the task that the user named before --config; empty if none was.
 
     NOTE: a config.json may come from others. It names no Python file to run; the user does.
     """

@@ -45,7 +45,7 @@ def examine(preset: str, run: RunConfig | None, out: Path, device: torch.device)
     """Yield all findings as they are made. No file is left in `out`.
 
     Args:
-        preset: model whose attention is looked at.
+        preset: preset of pretraining whose model's attention backends are reported.
         run: run to try, of pretraining or of fine-tuning. None: no trial.
     """
     yield versions()

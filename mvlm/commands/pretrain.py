@@ -85,7 +85,7 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
 
 
 def split_config(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
-    """The file of the flag --config, if the words begin with it, else None; and the other words.
+    """Split off a leading `--config FILE` from arguments: (FILE, the other arguments), or (None, all of them).
 
     ConfigError for the flag without a file.
     """
@@ -99,9 +99,12 @@ def split_config(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
 
 
 def with_trained_model(defaults: PretrainConfig, words: Sequence[str]) -> PretrainConfig:
-    """Put the model settings of the trained model that the command line names into `defaults`, before its other flags.
+    """`defaults` with the model settings of the trained model that `--initial-model` names in `words`.
 
-    A run that has begun has its own, and does not need that model any more.
+    Other flags are read afterwards and override them. If the run folder `--out` has a config.json, its model settings
+    are taken instead: a run that has begun does not need the initial model any more.
+
+    words: arguments of the command line.
     """
     source, out = (_value(words, flag) for flag in ("--initial-model", "--out"))
     if not source:
@@ -133,7 +136,7 @@ def with_tower(defaults: PretrainConfig, words: Sequence[str]) -> PretrainConfig
 
 
 def _value(words: Sequence[str], flag: str) -> str | None:
-    """The value of a flag, from FLAG VALUE or FLAG=VALUE; None without it."""
+    """Value of a flag in a command's arguments, from FLAG VALUE or FLAG=VALUE; None if the flag is not there."""
     for word, following in pairwise([*words, ""]):
         name, equals, value = word.partition("=")
         if name.replace("_", "-") == flag:
@@ -144,9 +147,10 @@ def _value(words: Sequence[str], flag: str) -> str | None:
 def parse_settings(
     words: Sequence[str], prog: str, description: str, defaults: Config, with_model: bool = False
 ) -> Config:
-    """`defaults`, overridden by the settings of a command line. `with_model` parses the model's too, as --model.NAME.
+    """Parse a command's arguments as settings that override `defaults`.
 
-    Each group of settings is a box in --help. Settings without a flag keep their defaults.
+    Each group of settings is a box in --help. Settings without a flag keep their defaults. With `with_model`, settings
+    of the model have flags too, as --model.NAME.
     """
     import tyro
 
@@ -172,7 +176,7 @@ def parse_settings(
 
 @cache
 def _shown(group: type) -> type:
-    """A group of settings in which those without a flag are fixed, and hidden."""
+    """Subclass of a dataclass of settings in which tyro hides the settings without a flag and keeps their values."""
     import tyro
 
     types = get_type_hints(group, include_extras=True)
@@ -189,5 +193,5 @@ def _values(group: type, of: object) -> dict[str, Any]:
 
 
 def _title(group: type) -> str:
-    """The title of a group's box: RunSettings -> run, TaskOptions -> task."""
+    """Title that a group of settings has in --help, from its class's name: RunSettings -> run, TaskOptions -> task."""
     return group.__name__.removesuffix("Settings").removesuffix("Options").lower()

@@ -29,11 +29,11 @@ NAME_FILES = (
     "classnames.txt", "class_names.txt", "classes.txt", "classnames.json", "LOC_synset_mapping.txt",
     "imagenet_class_index.json", "synset_words.txt", "words.txt",
 )  # fmt: skip
-"""Files with names of classes, by which users know them."""
+"""Usual names of files that list the classes' names, in the order in which they are looked for."""
 LEVELS = 4
 """Folders above the classes in which such a file is looked for; ImageNet's is four above `val`."""
 _MOST_NAMES = 16 << 20
-"""Most bytes of such a file, and of templates."""
+"""Largest size in bytes that is read of a file of class names or of templates: 16 MiB."""
 _SYNSET = re.compile(r"n\d{8}")
 _NUMBER = re.compile(r"(n\d{8}[-_]|\d{1,4}[.])(?=.)")
 """Number in front of a class's name in that of its folder: n02085620-Chihuahua, 001.Black_footed_Albatross."""
@@ -46,7 +46,7 @@ class ClassImages:
     place: Path
     """Folder or tar."""
     names: list[str]
-    """Different names of the classes. Folders with one name are one class."""
+    """Names of the classes, each once. Folders whose classes have the same name are one class."""
     templates: list[str]
     """Texts with {} for the name."""
     files: Sequence[str]
@@ -54,19 +54,19 @@ class ClassImages:
     labels: Tensor
     """int64 (images,), number of each image's class in `names`."""
     spans: Sequence[tuple[int, int]] = ()
-    """Place and length of each image in a tar."""
+    """(offset, length) in bytes of each image in the tar; empty for a folder."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the names, templates and paths, and of a tar's places; not of the images."""
+        """SHA-256 of names, templates, labels, paths and offsets in a tar; the images' contents are not hashed."""
         described = [self.names, self.templates, list(self.files), self.labels.tolist(), list(self.spans)]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def spread(self, number: int) -> "ClassImages":
-        """So many images, evenly spread over all classes; all of them for 0."""
+        """A subset of `number` images at equal distances in the sorted list; all images for 0."""
         if not 0 < number < len(self):
             return self
         rows = [i * len(self) // number for i in range(number)]
@@ -174,13 +174,22 @@ def _members(tar: Path) -> Found:
 
 
 def _sorted_folders(folders: Iterable[str]) -> list[str]:
-    """Folders in the order of a list of names: by number if all are numbers, else as torchvision's ImageFolder."""
+    """Sort the folders of classes into the order that a file with a name a line has.
+
+    It is numerical if all are numbers, else that of torchvision's ImageFolder.
+    """
     folders = list(folders)
     return sorted(folders, key=int) if all(f.isascii() and f.isdecimal() for f in folders) else sorted(folders)
 
 
 def _names_of(place: Path, folders: list[str], found: dict[str, tuple[int, int] | None]) -> dict[str, str]:
-    """Name of each class, by its folder: of the nearest file that has all of them, else of the folders themselves."""
+    """Name of each class, by its folder: from the nearest file that names all of them, else from the folder's name.
+
+    Args:
+        place: folder or tar of the images.
+        folders: folders of the classes, in order.
+        found: (offset, length) in a tar, None in a folder, by the path of each file.
+    """
     for file in NAME_FILES:
         inside = next((path for path in found if PurePosixPath(path).name == file), None)
         if inside is not None and (span := found[inside]) is not None:

@@ -27,10 +27,11 @@ CLASSES_AT_ONCE = 16
 def classify_images(
     model: MaskVLM, classes: ClassImages, tokenizer: Tokenizer, precision: str, workspace: Workspace
 ) -> dict[str, Any]:
-    """Images whose class is among the nearest 1 and 5, in per cent, with 95 % intervals over images.
+    """Top-1 and top-5 accuracy of zero-shot classification in per cent, with 95 % intervals bootstrapped over images.
 
-    All ranks of the workspace share the work and get the same. The model is in evaluation mode. A class of equal
-    similarity counts as nearer. RunError for an image that cannot be decoded, EvaluationStopped for an early end.
+    All ranks of the workspace share the work and return the same. The model must be in evaluation mode. A wrong class
+    with the same similarity as the right one counts as nearer. RunError for an image that cannot be decoded,
+    EvaluationStopped for an early end.
     """
     width = model.config.itc_width
     texts = workspace.array("class_texts", (len(classes.names), width), torch.float32)
@@ -83,14 +84,19 @@ def classify_briefly(
 
 
 def hits_of(similarity: Tensor, labels: Tensor) -> Tensor:
-    """Right answers among the nearest `TOP` classes: uint8 (n, 2), from similarities (n, m) and labels int64 (n,)."""
+    """Find if each image's class is among the nearest 1 and 5: uint8 (n, 2), 1 = it is.
+
+    Args:
+        similarity: (n, m), of n images with m classes.
+        labels: int64 (n,), the right class of each image.
+    """
     own = similarity.gather(1, labels[:, None])
     nearer = (~(similarity < own)).sum(1) - 1  # if it is not a number, all are
     return torch.stack([nearer < k for k in TOP], dim=1).to(torch.uint8)
 
 
 def embed_names(model: MaskVLM, names: list[str], templates: list[str], tokenizer: Tokenizer, precision: str) -> Tensor:
-    """Embeddings of classes, float32 (m, E) of unit length on the CPU."""
+    """Text embeddings of m classes, float32 (m, E) of unit length on the CPU: means over the templates."""
     texts = [template.replace("{}", name) for name in names for template in templates]
     parts = [
         text_features(model, texts[i : i + BATCH], tokenizer, precision).embedding.float().cpu()

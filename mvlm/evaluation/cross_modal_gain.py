@@ -33,10 +33,11 @@ RESAMPLES = 1000
 
 
 def wrong_partners(number: int, seed: int = 0, image: Tensor | None = None, words: Tensor | None = None) -> Tensor:
-    """A wrong partner for each sample, int64 (number,): the next with another image and caption in a random cycle.
+    """Index of a sample with another image and another caption, for each of `number` samples: int64 (number,).
 
-    Without repeated images and captions each sample is a partner once. A sample without such a partner has the next
-    one of another image, or else the next one; with one sample that is the sample itself.
+    It is the next such sample in a random cycle through all samples. Without repeated images and captions each sample
+    is a partner once. If no sample differs in both, it is the next with another image; else the next of all, which is
+    the sample itself if there is only one.
 
     Args:
         image: int64 (number,), equal for samples of one image. Default: each sample has its own.
@@ -56,13 +57,13 @@ def wrong_partners(number: int, seed: int = 0, image: Tensor | None = None, word
 
 
 def _group_sizes(label: Tensor) -> Tensor:
-    """Number of samples with the label of each, int64 (number,)."""
+    """Number of samples that have the same label as sample i, for each i: int64 (number,)."""
     _, group, sizes = label.unique(return_inverse=True, return_counts=True)
     return sizes[group]
 
 
 def partners_of(split: Dataset) -> Tensor:
-    """Wrong partners of the samples of a split: of other images by their metadata, with other first captions."""
+    """`wrong_partners` of the samples of a split: with another image by the metadata, and another first caption."""
     images = first_samples(split.metadata(i) for i in range(len(split)))
     words = first_captions(split.captions(i)[0] for i in range(len(split)))
     return wrong_partners(len(split), image=torch.tensor(images), words=torch.tensor(words))
@@ -116,7 +117,12 @@ def cross_modal_gain(
 
 
 def _increase(name: str, right: np.ndarray, wrong: np.ndarray) -> dict[str, Any]:
-    """Relative increase of a loss in per cent, with its interval, from the samples' losses (number,)."""
+    """Relative increase of a summed loss with the wrong partner, in per cent, and its 95 % interval as NAME_95.
+
+    Args:
+        name: key of the figure.
+        right, wrong: (number,), losses of the samples with the right and with the wrong partner.
+    """
     ratios = grouped_bootstrap(wrong, weights=right, resamples=RESAMPLES)
     return {
         name: round(float(100 * (wrong.sum() / right.sum() - 1)), 3),

@@ -31,11 +31,11 @@ RERANK = 32
 
 
 TWO_WAY = {"words": "right image of a word", "cells": "right look of a cell"}
-"""Two-way choices in words, by their names in the figures."""
+"""Labels, for printing, of the two-way choices of `mvlm.evaluation.two_way`, by their keys in the figures."""
 
 
 def unseen_images(split: Dataset, train: Dataset | None) -> torch.Tensor | None:
-    """Images of unseen concepts, bool (images of `split`,), True = no training image has the same concept.
+    """True for each image of a split whose concept no training image has: bool (images of `split`,).
 
     The concept of an image is `base` in its metadata; an image without `base` is a concept by itself. None
     without a training split, and for data that name no concepts: no `base` in `split` or none in `train`.
@@ -61,9 +61,11 @@ class Evaluation(NamedTuple):
     """Figures as `mvlm eval retrieval` writes them (docs/reference/files.md). Recall is in per cent, re-ranked by ITC
     and ITM together unless under `itc` or `itm`; re-ranked recall has 95 % intervals."""
     ranks: dict[str, Any]
-    """The rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with the fields `itc`, `itm`
-    and `itm_alone` of `Ranks`; `owner`, the image of each caption; and `unseen`, for each image, None where nothing is
-    known."""
+    """Rank of each query's best right answer as lists, from which all recalls follow.
+
+    `tr` (image to text) and `ir` (text to image) each have the fields `itc`, `itm` and `itm_alone` of `Ranks`. `owner`
+    is the image of each caption. `unseen` is true for each image of an unseen concept, or None where none is known.
+    """
 
 
 def evaluate(
@@ -105,7 +107,14 @@ def evaluate(
 
 
 def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, owner: torch.Tensor, k: int) -> dict[str, Any]:
-    """Recall for the queries among the images `chosen`, bool (images,), and their captions, in the full gallery."""
+    """Recall of the queries that are among some images and their captions; all images and captions are the gallery.
+
+    Args:
+        chosen: bool (images,), True = the image and its captions are queries.
+        tr, ir: ranks from image to text and from text to image.
+        owner: int64 (captions,), image of each caption.
+        k: candidates that ITM has re-ranked; 0: none.
+    """
     texts = chosen[owner]
     return {
         "tr": recall(tr.itm[chosen]),
@@ -151,7 +160,7 @@ def evaluate_briefly(
 
 @contextmanager
 def figures_of(file: Path, command: str = "mvlm eval retrieval") -> Iterator[dict[str, Any]]:
-    """The figures that a command wrote to a file.
+    """Context with the figures of an evaluation, read from the JSON file that `command` wrote.
 
     Raises:
         RunError: there is no such file, it is something else, or it lacks a figure that is read inside the `with`
@@ -169,7 +178,7 @@ def figures_of(file: Path, command: str = "mvlm eval retrieval") -> Iterator[dic
 
 
 def recall_rows(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, list[str]]]:
-    """Rows of the table of recall: name of the queries, their figures, method of ranking, and six cells.
+    """Yield the rows of the table of recall: name of the queries, their figures, method of ranking, and six cells.
 
     The cells are R@1, R@5 and R@10 from image to text, then from text to image, in per cent.
     """
@@ -209,7 +218,7 @@ def format_table(figures: dict[str, Any]) -> str:
 
 
 def describe_repeats(figures: dict[str, Any]) -> list[str]:
-    """A sentence on repeated captions; none without any, and for figures of an earlier version."""
+    """A list with one sentence on captions that several images have; empty if there are none, or none are counted."""
     found = figures.get("repeats")
     if not found or not found["captions"]:
         return []
@@ -221,9 +230,10 @@ def describe_repeats(figures: dict[str, Any]) -> list[str]:
 
 
 def describe_reading(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Figures that tell if a modality reads the other: name, figure and baseline of each, in words.
+    """Figures that show whether a model uses one modality to predict the other: (name, figure, baseline), as texts.
 
-    The gain of MIM's own loss, which figures of earlier versions lack, and two-way choices where the data have edits.
+    They are the cross-modal gain of MIM's loss, which files of earlier versions lack, and two-way choices if the data
+    have edited images.
     """
     found = []
     if "gain_mim_pct" in figures:

@@ -48,7 +48,7 @@ from mvlm_dataloading.dataset.dataset import first_samples
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """Features of one split, on the CPU or in files that are mapped to its memory."""
+    """Features of all images and captions of a split, on the CPU, in memory or in memory-mapped files."""
 
     v: Tensor
     """(I, 1+N, C), features of the unmasked images."""
@@ -71,17 +71,20 @@ class EncodedSplit:
 
     @property
     def different(self) -> Tensor:
-        """Images without repetitions, int64 (up to I,), rising: the queries of image to text, the gallery of texts."""
+        """Rows of images, each different image once, int64 (up to I,), ascending.
+
+        They are the queries of image-to-text retrieval and the gallery of text-to-image retrieval.
+        """
         return (self.image == torch.arange(len(self.image))).nonzero()[:, 0]
 
     @cached_property
     def words(self) -> Tensor:
-        """First caption with the same words, for each caption: int64 (T,)."""
+        """For each caption, the index of the first caption with the same words: int64 (T,)."""
         return torch.tensor(first_captions(self.captions))
 
     @property
     def different_captions(self) -> Tensor:
-        """Captions without repetitions, int64 (up to T,), rising: the gallery of image to text."""
+        """Indices of captions, each different text once, int64 (up to T,), ascending: the gallery of image to text."""
         return (self.words == torch.arange(len(self.words))).nonzero()[:, 0]
 
     @cached_property
@@ -89,9 +92,9 @@ class EncodedSplit:
         return (self.owner * len(self.captions) + self.words).unique()  # sorted
 
     def right(self, images: Tensor, captions: Tensor) -> Tensor:
-        """True where the image has the caption's words, bool of the broadcast shape of `images` and `captions`, int64.
+        """True where an image has a caption with the words of the given caption, so that they are right answers.
 
-        `images` are numbers as in `image`.
+        images, captions: int64, of shapes that broadcast to that of the bool result. Images are rows as in `image`.
         """
         known, words = self._known.to(images.device), self.words.to(captions.device)
         pairs = images * len(self.captions) + words[captions]
@@ -181,19 +184,19 @@ def encode_split(
 QUERIES_PER_BLOCK = 64
 PAIRS_PER_BATCH = 512
 BATCHES_PER_PART = 4
-"""Log-odds of so many batches come to the host together, so that a GPU seldom waits for it."""
+"""Batches whose log-odds are copied from the GPU to the host together, so that the GPU seldom waits."""
 DIRECTIONS = ("tr", "ir")
 RECALLS_AT = (1, 5, 10)
 RECALL_RESAMPLES = 10_000
 TIE = 1e-9
 """Difference below which two scores are equal: far above float64's rounding, far below that of two embeddings."""
 MOST_ANSWERS = 5
-"""Number of a query's top answers."""
+"""Number of best answers that are kept for each query."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Results of ranking: for each query, the rank of its best right answer and its top answers.
+    """Results of retrieval in one direction: for each query, the rank of its best right answer and its top answers.
 
     Queries of image to text are the images `EncodedSplit.different`, those of text to image all captions.
     A rank is the number of different wrong answers before the best right one; 0 = first.
@@ -204,7 +207,7 @@ class Ranks:
     itm: Tensor
     """int64 (queries,), rank after re-ranking by ITC and ITM together."""
     top: Tensor
-    """int64 (queries, up to 5), captions or images of the first answers after re-ranking."""
+    """int64 (queries, up to 5), index of the caption or row of the image of each first answer after re-ranking."""
     score: Tensor
     """(queries,), score of the first answer."""
     itm_alone: Tensor
@@ -219,12 +222,15 @@ class Candidates:
     ranks: StoredArray
     """int64 (queries,), rank of the best right answer by ITC."""
     rows: StoredArray
-    """int64 (queries, K), captions or images, the most similar first."""
+    """int64 (queries, K), index of the caption or row of the image of each candidate, the most similar first."""
     similarity: StoredArray
     """float64 (queries, K), contrastive similarity of the query and each candidate."""
 
     def pairs(self, features: EncodedSplit, queries: slice = slice(None)) -> Tensor:
-        """Pair of each candidate, int64 (queries, K): image x number of captions + caption."""
+        """Number of the pair of each query and candidate, int64 (queries, K): image x number of captions + caption.
+
+        queries: the queries that are wanted.
+        """
         rows = self.rows.tensor[queries]
         asked = features.different if self.direction == "tr" else torch.arange(len(self.rows.tensor))
         asked = asked[queries, None]
@@ -337,7 +343,13 @@ def score_pairs(model: MaskVLM, features: EncodedSplit, pairs: Tensor, precision
 def _rerank(
     model: MaskVLM, candidates: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, answers: bool
 ) -> Ranks:
-    """Ranks by the ITC logit plus ITM's log-odds, from log-odds (P,) of the pairs int64 (P,), rising."""
+    """Rank the candidates of one direction again, by the ITC logit plus ITM's log-odds.
+
+    Args:
+        pairs: int64 (P,), ascending, numbers of the judged pairs (`Candidates.pairs`).
+        log_odds: (P,), ITM's log-odds of each.
+        answers: True if a query without a right candidate needs its top answers re-ranked too.
+    """
     itm, alone, top, score = [], [], [], []
     for begin in range(0, len(candidates.ranks.tensor), QUERIES_PER_BLOCK):
         block = slice(begin, begin + QUERIES_PER_BLOCK)
@@ -358,7 +370,7 @@ def _rerank(
 
 
 def _ranks_of_itc(model: MaskVLM, candidates: Candidates) -> Ranks:
-    """Ranks without ITM. Candidates come in the order of their similarity."""
+    """Ranks and top answers by contrastive similarity alone, in the form that re-ranking by ITM returns."""
     ranks, score = candidates.ranks.tensor, rerank_scores(model, candidates.similarity.tensor[:, 0], 0.0)
     return Ranks(ranks, ranks, candidates.rows.tensor, score.float(), ranks)
 

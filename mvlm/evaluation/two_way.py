@@ -65,7 +65,7 @@ def two_way_choices(
 
 
 def edits_of(dataset: Dataset) -> Dataset | None:
-    """The split of edited images of a data set, by one of its splits; None for data without one."""
+    """Open the split `edits` of the data set that a split belongs to; None if it has none."""
     return open_dataset(dataset.folder, SPLIT) if SPLIT in dataset.splits else None
 
 
@@ -135,9 +135,14 @@ def _hide(model: MaskVLM, batch: Batch, cells: Sequence[Sequence[float]]) -> _Hi
 def _choices(
     model: MaskVLM, batch: Batch, cells: Sequence[Sequence[float]], features: EncodedSplit, own: Tensor, precision: str
 ) -> Tensor:
-    """Right choices of the samples `own` int64 (B,), float64 (B, 3): of words, of cells, and if there are edited words.
+    """Two-way choices of B samples, float64 (B, 3): of words, of cells, and 1 if the pair's captions differ, else 0.
 
-    A choice is 1 for the sample's own image, 0 for the other's, 0.5 for a tie.
+    A choice is 1 for the sample's own image, 0 for its partner's, 0.5 for a tie.
+
+    Args:
+        batch: the samples, pairs beside each other.
+        cells: (left, top, right, bottom) of each sample's edited object, as shares of the image's side.
+        own: int64 (B,), rows of the samples in `features`.
     """
     device = next(model.parameters()).device
     masks, caption_of_token = _hide(model, batch, cells)
@@ -162,7 +167,13 @@ def _choices(
 
 
 def _share(name: str, right: np.ndarray, pairs: np.ndarray) -> dict[str, Any]:
-    """Mean of right choices in per cent, with its interval over pairs."""
+    """Share of right choices in per cent, and its 95 % interval bootstrapped over pairs; None if there are no choices.
+
+    Args:
+        name: beginning of the keys NAME_pct and NAME_pct_95.
+        right: choices, 0 to 1.
+        pairs: number of each choice's pair.
+    """
     if not len(right):
         return {f"{name}_pct": None, f"{name}_pct_95": None}
     ends = grouped_bootstrap(right, pairs)

@@ -28,12 +28,12 @@ from mvlm_dataloading.files import aside_of, write_json
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-"""Version of the arrays in a folder. Work of another version is removed."""
+"""Version of the stored arrays. A folder with arrays of another version is emptied and begun anew."""
 SPEC = "plan.json"
 """File with the specification of unfinished work: everything that its results depend on."""
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 SAME_WORK = "on machines of one kind; name one of the checkpoints of a run that still trains"
-"""Advice to ranks that would evaluate different models, or compute differently (`check_same`)."""
+"""Advice in the error of `check_same` if ranks would evaluate different models or compute differently."""
 
 Work = Callable[[int, int], Iterator[None]]
 """Work on rows `start` to `stop` - 1, which yields after each part."""
@@ -49,7 +49,7 @@ class StoredArray:
     def __init__(self, path: Path | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._shape, self._dtype = shape, dtype
         self.written = False
-        """True if this process has written rows that are not on the disk, or that other ranks have not got."""
+        """True if this process has written rows that are not yet forced to the disk or sent to other ranks."""
         self._file: int | None = None
         self._mapped: Tensor | None = None
         rows = torch.empty(1, *shape[1:], dtype=dtype)
@@ -128,13 +128,16 @@ class Workspace:
         self._arrays: list[StoredArray] = []
 
     def array(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredArray:
-        """An array by its name in the folder. Every rank asks for the same arrays."""
+        """Make the array `name`, or open it with the rows that an unfinished evaluation wrote to the folder.
+
+        Every rank must ask for the same arrays.
+        """
         found = StoredArray(None if self.folder is None else self.folder / name, shape, dtype)
         self._arrays.append(found)
         return found
 
     def share(self, stage: str, rows: int, size: int, work: Work, unit: str = "samples") -> None:
-        """Do the work on all rows, in parts of `size` rows, each by one rank. Returns when all ranks have finished.
+        """Share work on `rows` rows among the ranks, in parts of `size` rows. Returns when all ranks have finished.
 
         Args:
             stage: name of the work, unique in the evaluation.
@@ -173,7 +176,7 @@ class Workspace:
             self._exchange()
 
     def _exchange(self) -> None:
-        """Give the rows that each rank wrote to all ranks. Rows that a rank did not write are zero, so they add up."""
+        """Sum arrays in memory over ranks, so that each rank has the rows of all: rows that it did not write are 0."""
         own = [number for number, array in enumerate(self._arrays) if array.written]
         for number in sorted({number for found in self.world.gather_objects(own) for number in found}):
             self.world.all_reduce(self._arrays[number].tensor)
@@ -239,7 +242,7 @@ def open_workspace(folder: Path | None, spec: dict[str, Any], world: World = ALO
 
 
 def _remove(folder: Path) -> None:
-    """Remove the folder. After a kill on the way, the next evaluation finds no specification that it could continue."""
+    """Remove a workspace's folder. If that is interrupted, no later evaluation continues from what remains."""
     with contextlib.suppress(OSError):
         _empty(folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -258,7 +261,10 @@ def _empty(folder: Path) -> None:
 
 
 def _lock(folder: Path, spec: dict[str, Any]) -> contextlib.AbstractContextManager[object]:
-    """Make or check the folder and lock it. Returns a context that holds the lock."""
+    """Lock a workspace's folder, made if missing, and empty it unless its work is of this specification.
+
+    Returns a context that holds the lock. RunError if the folder holds something else, or if another process has it.
+    """
     spec = {"format_version": FORMAT_VERSION, **spec}
     file = folder / SPEC
     ours = {folder / LOCK, aside_of(file)}

@@ -33,7 +33,15 @@ def predictions(
     batch_size: int,
     precision: str,
 ) -> Iterator[dict[str, Any]]:
-    """A prediction of an `mvlm.tasks.task.Task` for each sample, in order: `TrainedModel.predict`."""
+    """Yield the prediction of a fine-tuned model for each sample, in order; `TrainedModel.predict` calls it.
+
+    Args:
+        task: the model with its head, a `mvlm.tasks.task.Task`.
+        images: images of the samples; one goes with each of several texts.
+        texts: texts of the samples; one goes with each of several images. None if the task reads no texts.
+        batch_size: samples of one forward pass.
+        precision: auto, bf16 or fp32.
+    """
     options = task.loader_options()
     length = options.get("text_length", task.config.text_length)
     device, first = task.log_scale.device, 0
@@ -56,7 +64,11 @@ def predictions(
 
 
 def _rows(task: Any, images: Strips, texts: Texts | None, together: int) -> Iterator[Sample]:
-    """The samples, each n images and a text. One image goes with each of several texts, one text with each image."""
+    """Pair images with texts to samples of n = `together` images and a text, which is empty if the task reads none.
+
+    A single image goes with each of several texts, a single text with each of several images. ConfigError if texts are
+    missing, or given to a task that reads none.
+    """
     if task.reads_texts == (texts is None):
         wanted = "a text for each image" if task.reads_texts else "no text"
         raise ConfigError(f"texts: the task {task.name} wants {wanted}, got {'none' if texts is None else 'texts'}")
@@ -85,7 +97,10 @@ def _in_pairs(
 
 
 def _samples(images: Strips, together: int) -> tuple[Iterator[Sequence[ImageLike]], bool]:
-    """The images of each sample, and True if it is one sample that is not in a list."""
+    """Group images into samples of n = `together`: (iterator over samples, True if one sample was given by itself).
+
+    RunError if they do not come in groups of n.
+    """
     if together == 1:
         given = cast(Images, images)
         return ((image,) for image in each_image(given)), is_single_image(given)
@@ -110,7 +125,14 @@ def _strip(sample: Sequence[ImageLike], side: int, number: int) -> Tensor:
 
 
 def _batch(images: Tensor, of: list[int], text: tuple[Tensor, Tensor], shares: bool) -> Batch:
-    """A batch of B samples: of[b] is the row of sample b in the images."""
+    """Make a batch of B samples from their images and packed texts.
+
+    Args:
+        images: uint8 (images, 3, S, n S), each once.
+        of: row of each sample's image in `images`, B numbers.
+        text: tokens int64 (T,) of the B texts, and their bounds int32 (B+1,).
+        shares: keep an image that several samples share once in the batch, else repeat it.
+    """
     (tokens, starts), rows, image_of = text, torch.arange(len(of)), torch.tensor(of)
     shared: dict[str, Any] = {}
     if shares:

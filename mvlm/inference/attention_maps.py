@@ -71,11 +71,14 @@ class CrossAttention:
 
     @property
     def weights(self) -> Tensor:
-        """(B, H, L, M), softmax weights of the text's rows over the image's rows, without a graph."""
+        """Softmax weights (B, H, L, M) of each token over the image's [CLS] and patches, detached from autograd."""
         return (self.q @ self.k.mT * self.q.shape[-1] ** -0.5).softmax(-1)
 
     def gradcam(self, gradient: Tensor | None) -> Tensor:
-        """(B, L, M), not negative, from the derivative of a score by the output; None for one without an effect."""
+        """GradCAM (B, L, M), not negative.
+
+        gradient: derivative (B, L, C) of a score by `output`; None if the score does not depend on it: then zeros.
+        """
         weights = self.weights
         if gradient is None:
             return torch.zeros_like(weights[:, 0])
@@ -85,7 +88,7 @@ class CrossAttention:
 
 @contextmanager
 def recorded_attention(encoder: CrossEncoder) -> Iterator[list[CrossAttention]]:
-    """Context that records the cross-attention of each block in a plain pass of the encoder."""
+    """Context that yields a list, to which each block's cross-attention is added as the encoder's forward runs."""
     blocks = [block.cross_attention for block in encoder.layers]
     layers = [CrossAttention() for _ in blocks]
     for attention, layer in zip(blocks, layers, strict=True):
@@ -110,7 +113,10 @@ def recorded_attention(encoder: CrossEncoder) -> Iterator[list[CrossAttention]]:
 
 
 def gradcam(layers: Sequence[CrossAttention], scores: Tensor) -> list[Tensor]:
-    """GradCAM of each layer, (B, L, M), by scores (B,) of which each depends on its own pair alone; or one score."""
+    """GradCAM (B, L, M) of each cross-attention layer.
+
+    scores: computed from the outputs of `layers`: (B,), each of which depends on its own pair alone; or one score.
+    """
     # The derivatives of the sum are then those of each.
     outputs = [layer.output for layer in layers]
     gradients = torch.autograd.grad(scores.sum(), outputs, allow_unused=True)
@@ -118,14 +124,15 @@ def gradcam(layers: Sequence[CrossAttention], scores: Tensor) -> list[Tensor]:
 
 
 def word_spans(tokenizer: Tokenizer, text: str) -> list[tuple[str, int, int]]:
-    """The words of a text: (word, its first token, the one after its last), with [CLS] as token 0."""
+    """Split a text into words: (word, position of its first token, position after its last); [CLS] is at position 0."""
     return [(word, 1 + start, 1 + stop) for word, start, stop in tokenizer.words(text)]
 
 
 def word_maps(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """Rows of tokens (..., L, M) -> their mean over the tokens of each word, on the grid of the patches, float32.
+    """Maps float32 (..., words, rows, columns) of words over the grid of patches, from weights (..., L, M) of tokens.
 
-    (..., words, rows, columns), without the image's [CLS].
+    A word's map is the mean over its tokens. The image's [CLS], key 0, is left out. spans: (first token, the one after
+    the last) of each word.
     """
     rows = torch.stack([x[..., start:stop, 1:].mean(-2) for start, stop in spans], dim=-2)
     side = round(rows.shape[-1] ** 0.5)
@@ -158,7 +165,13 @@ def draw_overlay(image: ImageLike, heat: Tensor, *, side: int = 224) -> Image.Im
 
 
 def draw_words(image: ImageLike, found: AttentionMaps, *, side: int = 160, columns: int = 6) -> Image.Image:
-    """The image, and beside it a panel for each word with its relevance, as `TrainedModel.attention` found it."""
+    """Draw an image, and beside it a panel for each word with the word's GradCAM over the image.
+
+    Args:
+        found: maps of a text over this image, from `TrainedModel.attention`.
+        side: side of a panel in pixels.
+        columns: panels in a row.
+    """
     pixels = load_image(image, side).permute(1, 2, 0).numpy()
     panels = [pixels, *(_blend(pixels, heat, side) for heat in found.relevance)]
     columns = min(columns, len(panels))

@@ -27,9 +27,9 @@ def eval_loader(
     batch_size: int | None = None,
     **further: Any,
 ) -> Loader:
-    """A loader for one pass in order over uncropped images and first captions, with masks drawn from `seed`.
+    """Data loader of one pass, in order, over whole images and each sample's first caption, with masks from `seed`.
 
-    `further` are arguments of the loader, and `strip` of its `Augment`.
+    further: keyword arguments of the loader; `strip`, the number of images side by side in an image, goes to `Augment`.
     """
     strip = further.pop("strip", 1)
     device = next(model.parameters()).device
@@ -124,7 +124,7 @@ def rerank_scores(model: MaskVLM, similarity: Tensor, log_odds: Tensor | float) 
     distribution, and the sum is the log-probability of a pair up to a constant of the query.
 
     Args:
-        similarity: cosine similarity of each pair, any shape.
-        log_odds: ITM's, of the same shape; 0 without ITM.
+        similarity: cosine similarity of the contrastive embeddings of each pair, any shape.
+        log_odds: ITM's log-odds that each pair belongs together, of the same shape; 0 without ITM.
     """
     return model.log_scale.exp().item() * similarity.double() + log_odds

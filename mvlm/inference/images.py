@@ -25,7 +25,7 @@ from mvlm_dataloading.loader.pixels import Resize
 
 GREY = 190  # of masked patches
 LIMITS = ImageLimits()
-"""Limits of one image. SECURITY.md lists them."""
+"""Largest size in bytes and pixels of an image that is decoded, and the memory that it may take (SECURITY.md)."""
 ImageLike = str | Path | bytes | Image.Image | NDArray[Any] | Tensor
 """An image: a path; an encoded file; a PIL image; an array (H, W), (H, W, 3) or (H, W, 4); a tensor (1, H, W) or
 (3, H, W). Numbers are uint8, or floats from 0 to 1, which are rounded to 8 bits."""
@@ -60,7 +60,10 @@ def load_image(image: ImageLike, side: int, name: str | None = None, limits: Ima
 
 @contextmanager
 def _refusals(image: object, name: str | None) -> Iterator[None]:
-    """Context in which the refusal of an image is a RunError that names it."""
+    """Context in which an error of decoding becomes a RunError that names the image.
+
+    name: noun for the image. Default: its path, or "image".
+    """
     try:
         yield
     except ImageRefusedError as refused:
@@ -68,7 +71,10 @@ def _refusals(image: object, name: str | None) -> Iterator[None]:
 
 
 def _squeezed(rows: RgbRows, side: int) -> NDArray[np.uint8]:
-    """Rows as uint8 (3, S, S). Bands of a large image are resized along their rows first, as torch does it itself."""
+    """Resize a decoded image to pixels uint8 (3, S, S), S = `side`.
+
+    A large image is decoded in bands of rows, each resized to its final width at once; torch resizes widths first too.
+    """
     resize = Resize(side, 1, planes=True)
     if rows.width * rows.height <= 2 * BAND:
         return resize([rows.pixels()])[0]
@@ -136,9 +142,10 @@ def decode_image(image: str | Path | bytes | Image.Image, name: str | None = Non
 def rgb_image(
     image: str | Path | bytes | Image.Image, name: str | None = None, limits: ImageLimits = LIMITS
 ) -> Image.Image:
-    """A path, an encoded file or a PIL image as a PIL image in RGB, turned and on white. RunError as for `load_image`.
+    """Decode an image file, its path or its bytes, or convert a PIL image: a PIL image in RGB. RunError if it cannot.
 
-    It takes less memory than `decode_image`, and `load_image` takes it without a copy.
+    It is turned as its EXIF data say, and transparent areas are white. It takes less memory than `decode_image`, and
+    `load_image` takes it without a copy.
     """
     with _refusals(image, name):
         return _decoded(image, name, limits).image()

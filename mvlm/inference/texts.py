@@ -35,9 +35,12 @@ def list_of_texts(name: str, values: Any) -> list[str]:
 def text_batches(
     texts: Iterable[str], tokenizer: Tokenizer, length: int, batch_size: int, truncate: bool = False, clean: bool = True
 ) -> Iterator[list[str]]:
-    """Batches of `checked_texts`. ConfigError names the first text that is refused, by its number from 0.
+    """Check texts, put each on one line with single blanks, and yield them in lists of up to `batch_size`.
+
+    ConfigError names the first text that is refused, by its number from 0.
 
     Args:
+        length: most tokens of a text; longer ones are refused, or cut by the tokenizer if `truncate`.
         clean: False for captions of a data set, which training and evaluation read as they stand.
     """
     batch_size = whole_number("batch_size", batch_size)
@@ -48,7 +51,7 @@ def text_batches(
 
 
 def check_unicode(text: str, what: str) -> None:
-    """Raise ConfigError for a text with a lone surrogate, which bytes that are not UTF-8 leave. `what` names it."""
+    """Raise ConfigError, which names the text `what`, if it has a lone surrogate, which bytes outside UTF-8 leave."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -97,7 +100,7 @@ def checked_texts(
 
 
 def shortened(text: str, tokenizer: Tokenizer, length: int) -> str:
-    """The text without the last words that a model of at most `length` tokens does not read."""
+    """Cut a text behind the last word that lies within the first `length` tokens."""
     words = text.split()[:length]  # each is a token or more
     while len(words) > 1 and len(tokenizer.encode([" ".join(words)], length + 1)[0]) > length:
         words.pop()

@@ -297,7 +297,12 @@ class TrainedModel:
         return self.predict(image)[0]["caption"]
 
     def task_for(self, what: str, name: str | None = None) -> Any:
-        """The task, for a method or command `what`. ConfigError if there is none with predictions, or not `name`'s."""
+        """The fine-tuned task of the model.
+
+        ConfigError if the model has no task with predictions, or one of another name than `name`.
+
+        what: method or command that needs the task, for the error.
+        """
         task = self.task
         if task is None or task.whole_batch or name not in (None, task.name):
             found = "one without a task's head" if task is None else f"one of {task.name}"
@@ -466,14 +471,20 @@ class TrainedModel:
         return load_batches(each_image(images), self.network.config.image_size, batch_size)
 
     def _log_odds(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
-        """ITM's log-odds of B pairs, float32 (B,) on the CPU. One image or one text goes with all of the others."""
+        """ITM's log-odds that each of B pairs belongs together, float32 (B,) on the CPU.
+
+        There are B images and B texts; or one image goes with B texts, or one text with B images.
+        """
         images, texts = torch.broadcast_tensors(torch.arange(len(image.v)), torch.arange(len(text.w.packing)))
         return match_log_odds(self.network, image.v, text.w, images, texts, self.precision).cpu()
 
     def _feature_pairs(
         self, images: Images | Dataset, texts: Texts, batch_size: int, truncate: bool
     ) -> Iterator[tuple[ImageFeatures, TextFeatures]]:
-        """Features of the images and texts of n pairs, in batches. A single image or text is encoded once."""
+        """Yield the features of n pairs of an image and a text, in batches.
+
+        A single image goes with every text, a single text with every image; it is encoded once.
+        """
         length = self.network.config.text_length
         pixels = self.pixel_batches(images, batch_size)
         words = text_batches(each_text(texts), self.tokenizer, length, batch_size, truncate)
@@ -496,7 +507,10 @@ class TrainedModel:
 
 
 def _shown(batches: Iterator[Tensor], given: object, unit: str, progress: bool) -> Iterator[Tensor]:
-    """Yield the batches unchanged, with a progress bar on request, if the number of items is known."""
+    """Yield batches unchanged, and show a progress bar if `progress` and if `given`, the input, has a length.
+
+    unit: plural noun of the input's items.
+    """
     try:
         total = None if isinstance(given, str | bytes) else len(given)  # pyright: ignore[reportArgumentType]
     except TypeError:  # it has no length, or, as an array of one number, none that is known

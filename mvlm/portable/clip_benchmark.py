@@ -39,9 +39,9 @@ def register() -> Any:
 
 
 class CountsAsScalars(TorchFunctionMode):
-    """`Tensor.numpy` of one float32 (1,) gives an array (): NumPy 2.4 refuses `float` of (1,).
+    """Context in which `numpy()` of a float32 tensor of shape (1,) returns an array of shape ().
 
-    CLIP_benchmark 1.6 asks it of the number of right answers.
+    CLIP_benchmark 1.6 calls `float` on such arrays, its numbers of right answers; NumPy 2.4 refuses the shape (1,).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

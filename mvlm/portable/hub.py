@@ -83,7 +83,7 @@ ORIGINS = {
     "image_weights": "the image weights",
     "text_weights": "the text weights",
 }
-"""Settings that name what a run started from, and what each names."""
+"""Settings of a run that name a model or weights that it started from -> noun for it in the model card."""
 ABILITIES = {
     "itc_weight": "compares images with texts",
     "itm_weight": "judges whether an image and a text belong together",
@@ -92,7 +92,7 @@ ABILITIES = {
 }
 """Ability that each loss teaches, by the setting of the loss's weight, which is 0 in a run without the loss."""
 TASK_LOSSES = {"retrieval": ("itc_weight", "itm_weight"), "caption": ("mlm_weight",)}
-"""Losses of pretraining that a task trains; vqa does only with masked answers, and the others train a head alone."""
+"""Losses of pretraining that also train in fine-tuning, by task. Other tasks train a head; vqa also MLM if masked."""
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
 
 
@@ -255,9 +255,12 @@ def _name_of(path: Path) -> str:
 
 
 def abilities(config: dict[str, Any], network: MaskVLM) -> list[str]:
-    """Abilities that the model was trained for. ITM only if it was trained.
+    """Abilities that a model was trained for, as phrases for its card.
 
-    All of a continued run, or of a fine-tuned one, unless that started from random weights.
+    They follow from the losses of the run. A run that started from a trained model has all of them, except matching if
+    the network's matching head was never trained.
+
+    config: settings of the run.
     """
     if config.get("random_weights"):
         masked = config["task"] == "vqa" and config.get("answers") == "masked"
@@ -271,7 +274,7 @@ def abilities(config: dict[str, Any], network: MaskVLM) -> list[str]:
 
 
 def line(text: object) -> str:
-    """Other people's text as one line of Markdown: no sign in it formats, links or opens a tag."""
+    """Escape a text that comes from others to one line of Markdown, in which nothing formats, links or opens a tag."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
 
 
@@ -284,7 +287,7 @@ def _is_on(figures: dict[str, Any], data: Path | str) -> bool:
 
 
 def _evaluation(file: Path) -> dict[str, Any] | None:
-    """The figures of a run's evaluation; None if it has not been evaluated, or was evaluated on a task."""
+    """Read the figures of a run's retrieval evaluation; None if there are none, or only those of a downstream task."""
     if not file.is_file():
         return None
     with figures_of(file) as figures:

@@ -89,7 +89,7 @@ class Matcher(nn.Module):
 
 
 class Part(NamedTuple):
-    """One of the three modules, with all that its export needs."""
+    """A module that is exported as one file, with the names and variable axes of its inputs and outputs."""
 
     name: str
     """Name of its file, without a suffix."""
@@ -101,7 +101,7 @@ class Part(NamedTuple):
 
 
 def parts(network: MaskVLMNetwork) -> list[Part]:
-    """The three modules of a network."""
+    """The three modules of a network that are exported: image embedder, text embedder and matcher."""
     ids, row, rows, texts = ("batch", "length"), ("batch", ""), ("batch", "", ""), ("batch", "length", "")
     tokens = {"input_ids": ids, "attention_mask": ids}
     image_outputs = {"image_embedding": row, "image_features": rows}
@@ -278,7 +278,7 @@ def _as_list(outputs: Any) -> list[Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of torch.export and of the ONNX exporter about their own internals."""
+    """Context without the warnings of torch.export and of the ONNX exporter about their own internals."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

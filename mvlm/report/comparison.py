@@ -29,7 +29,7 @@ ALIKE = {
     "data": ("fingerprint", "n_images"),  # those of an earlier version have no fingerprint
     "number of re-ranked candidates": ("reranked",),
 }
-"""Conditions that comparable evaluations of one split share, and the figures that show each."""
+"""Conditions that must be equal for two evaluations of a split to be comparable: name -> keys of the figures."""
 
 
 def write_comparison(runs: list[Path], out: Path | None = None) -> Path:
@@ -104,7 +104,10 @@ def final_metrics(metrics: dict[str, list[dict[str, Any]]]) -> Markup:
 
 
 def evaluations(folders: dict[str, RunFolder]) -> tuple[Markup | None, list[str]]:
-    """A table of retrieval and cross-modal gain, None if no run has been evaluated; and notes on what differs in it."""
+    """HTML table of the runs' retrieval and cross-modal gain, None if no run has been evaluated; and notes.
+
+    A note says that evaluations of a split differ in their data or in the number of re-ranked candidates.
+    """
     cells, splits = [], {}
     for name, folder in folders.items():
         if not folder.evaluation.exists():

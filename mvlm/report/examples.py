@@ -40,7 +40,7 @@ SIDE = 112  # pixels of a panel with a map
 
 
 class Example(NamedTuple):
-    """A text, an image, or both."""
+    """Item that a report shows: a text, an image, or both, drawn green or red if it is right or wrong."""
 
     text: str
     image: str = ""
@@ -50,7 +50,7 @@ class Example(NamedTuple):
 
 
 class FilledCaption(NamedTuple):
-    """A masked caption, and its guesses given the right image and a wrong one."""
+    """A masked caption, and how the model fills it in given its own image and given another one."""
 
     right_image: str
     wrong_image: str
@@ -102,12 +102,15 @@ class Samples(NamedTuple):
 
 
 def chosen_samples(number: int, size: int, seed: int) -> list[int]:
-    """A fixed random choice of samples, so that a report shows neither the best nor the first."""
+    """Choose `number` of `size` samples at random by a seed, ascending: reports show neither the best nor the first."""
     return sorted(np.random.default_rng(seed).permutation(size)[:number].tolist())
 
 
 def read_samples(model: MaskVLM, tokenizer: Tokenizer, split: Dataset, wanted: Sequence[int]) -> Samples:
-    """Read the wanted samples of a split with their masks, in the split's order, in one pass over it."""
+    """Read some samples of a split with evaluation's random masks, in the split's order, in one pass over it.
+
+    wanted: numbers of the samples.
+    """
     images, patch_ids, tokens, masked_tokens = [], [], [], []
     for batch, masks in eval_loader(split, model, tokenizer):
         for row, sample in enumerate(batch.sample_id.tolist()):
@@ -254,7 +257,7 @@ def thumbnail(split: Dataset, sample: int, side: int = 96) -> str:
 
 
 def word_maps(model: TrainedModel, split: Dataset) -> list[tuple[WordMaps, WordMaps]]:
-    """For a few images, chosen at random: maps of the own caption, and of another image's."""
+    """For a few images, chosen at random, maps of the words of their own caption and of another image's caption."""
     partner = partners_of(split)
     found = []
     for i in chosen_samples(WORD_MAPS, len(split), seed=3):

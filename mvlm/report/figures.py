@@ -86,7 +86,12 @@ def unseen_note(figures: dict[str, Any]) -> list[str]:
 
 
 def forgetting(config: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """R@1 on the data of --also-evaluate before and after training, a sentence; none without them."""
+    """A sentence on R@1 before and after training on the data of --also-evaluate, in a list; empty if there are none.
+
+    Args:
+        config: the run's settings.
+        rows: rows of the run's metrics.
+    """
     found = {name: value for row in rows for name, value in row.items() if name.startswith("also_")}
     parts = []
     for when in ("before", "after"):
@@ -138,7 +143,7 @@ def figures_table(evaluations: Mapping[str, dict[str, Any]]) -> Markup:
 
 
 def types_tables(evaluations: Mapping[str, dict[str, Any]]) -> list[tuple[str, Markup]]:
-    """Title and table of each figure that has values for types."""
+    """(title, HTML table) of each figure that is divided by type, such as VQA accuracy by type of question."""
     found = []
     for name, title in TYPES.items():
         parts = [figures.get(name) or {} for figures in evaluations.values()]
@@ -166,9 +171,13 @@ def _cell(figures: Mapping[str, Any], name: str) -> str:
 
 
 def parts(events: Sequence[dict[str, Any]], config: dict[str, Any]) -> tuple[Markup | None, list[int]]:
-    """A table of the processes that trained a run, None for one; and the steps after which another way computed.
+    """HTML table of the processes that trained a run, None if only one did; and the steps at which results may change.
 
-    events: `start` events of the run's history.
+    These are the steps after which a process computed otherwise than the one before, such as in another precision.
+
+    Args:
+        events: `start` events of the run's history.
+        config: the run's settings.
     """
     changes = changed_ways(events, config)
     rows = []

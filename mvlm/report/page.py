@@ -62,7 +62,10 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
 
 
 def _of_retrieval(folder: RunFolder, config: dict[str, Any], data: Path | None) -> tuple[Dataset, dict[str, Any]]:
-    """The split of the examples, and values of the sections on retrieval, masked inputs and embeddings."""
+    """Split that the report's examples come from, and values for the template's sections on retrieval and masks.
+
+    data: folder of that split; None for the one that the evaluation or the run names.
+    """
     with figures_of(folder.evaluation, folder.evaluation_command(data or config["data"])) as found:
         tables = {
             "recalls": figures.recalls(found),
@@ -102,7 +105,10 @@ def _of_retrieval(folder: RunFolder, config: dict[str, Any], data: Path | None) 
 
 
 def _of_task(folder: RunFolder, config: dict[str, Any], data: Path | None) -> tuple[Dataset, dict[str, Any]]:
-    """The split of the examples, and values of the sections on a task's figures and samples."""
+    """Split that the report's examples come from, and values for the template's sections on a downstream task.
+
+    data: folder of that split; None for the one that the evaluation or the run names.
+    """
     name = (read_state(find_checkpoint(folder.path)).get("task") or {}).get("name", config["task"])
     file = folder.evaluation
     command = folder.evaluation_command(data or config["data"], config["task"])
@@ -145,7 +151,14 @@ def _of_task(folder: RunFolder, config: dict[str, Any], data: Path | None) -> tu
 
 
 def _split_of(file: Path, figures: dict[str, Any], config: dict[str, Any], data: Path | None) -> Dataset:
-    """The split that figures were found on: of `data`, or of the folder that their file, or the run, names."""
+    """Open the split that an evaluation was made on.
+
+    Args:
+        file: file of the evaluation, for errors.
+        figures: content of that file.
+        config: settings of the run, which name a data folder if the evaluation does not.
+        data: folder to take in place of the one that is named.
+    """
     if data is not None:
         return open_dataset(data, figures["split"])
     return open_named_data(file, figures.get("data", config["data"]), figures["split"], figures.get("fingerprint"))

@@ -38,11 +38,11 @@ SHOWN = 6  # of each kind
 MOST_WORDS = 12  # with a map each, [CLS] included
 SIDE = 96  # pixels of a panel
 CONFUSED = 10
-"""Most frequent labels that a table of confusion names, where a task has no list of a few."""
+"""Number of most frequent labels in a confusion matrix of a task that has no short list of labels, such as VQA."""
 
 
 class TaskExample(NamedTuple):
-    """A sample with its prediction."""
+    """A sample of a task with its prediction and maps of its words, as a report shows it."""
 
     key: str
     verdict: Verdict
@@ -53,9 +53,13 @@ class TaskExample(NamedTuple):
 
 
 def judged(task: Task, file: Path, figures: dict[str, Any], split: Dataset) -> list[Verdict] | None:
-    """Verdict of each record; None from a task whose report has no examples.
+    """Judge each prediction of an evaluation as right or wrong; None if reports show no examples of the task.
 
-    RunError unless their mean is the evaluation's main figure: the data are others then.
+    RunError if the mean score is not the evaluation's main figure: the split is then not the one that was evaluated.
+
+    Args:
+        file: file of the evaluation, for errors.
+        figures: content of that file.
     """
     records = figures["records"]
     same = [record["sample"] for record in records] == list(range(len(split)))
@@ -75,7 +79,7 @@ def judged(task: Task, file: Path, figures: dict[str, Any], split: Dataset) -> l
 
 
 def confusion(verdicts: Sequence[Verdict], known: Sequence[str] | None = None) -> Markup | None:
-    """A table of right labels (rows) and predicted ones (columns), each count shaded by its share of the row.
+    """Confusion matrix as HTML: right labels are rows, predicted ones columns; counts are shaded by share of their row.
 
     It has the `known` labels of a task; without them, the most frequent ones and "other". The counts add up to the
     samples of the split. None for samples without labels, as captions are.
@@ -102,7 +106,7 @@ def confusion(verdicts: Sequence[Verdict], known: Sequence[str] | None = None) -
 def majority(
     task: type[Task], verdicts: Sequence[Verdict], records: Sequence[dict[str, Any]], dataset: Dataset
 ) -> float | None:
-    """Main figure, in per cent, of giving the split's most frequent label to every sample; None without labels."""
+    """Main figure, in per cent, if every sample got the split's most frequent label; None for a task without labels."""
     frequent = by_frequency(verdicts)
     if not frequent:
         return None
@@ -111,7 +115,7 @@ def majority(
 
 
 def by_frequency(verdicts: Sequence[Verdict]) -> list[str]:
-    """The different labels, most frequent first."""
+    """Right labels of the samples, each once, most frequent first."""
     counts = Counter(v.label for v in verdicts if v.label)
     return sorted(counts, key=lambda label: (-counts[label], label))
 
@@ -126,7 +130,7 @@ def choose(verdicts: Sequence[Verdict], right: bool, dataset: Dataset) -> list[V
 
 
 def task_examples(task: Task, verdicts: Sequence[Verdict], right: bool, dataset: Dataset) -> list[TaskExample]:
-    """The chosen right (or wrong) samples, with maps of words unless the model does without a modality."""
+    """Examples of right (or wrong) samples for a report, with maps of words unless the model is blind to a modality."""
     found = []
     for verdict in choose(verdicts, right, dataset):
         i = verdict.sample

@@ -52,7 +52,7 @@ MODEL, EMA, OPTIMIZER, GENERATORS = "model", "ema", "optimizer", "generators"
 """Folders of tensors. The averaged weights, `EMA`, are there only if the run keeps them."""
 MODEL_CONFIG, STATE, TOKENIZER, MANIFEST = "model.json", "state.json", "tokenizer.json", "manifest.json"
 MICROBATCHES, START, CONFIG = "microbatches", "start", "config.json"
-"""Folders and settings that a failed step has beside those of a checkpoint (`mvlm.training.failed_step`)."""
+"""Names that only the folder of a failed step has: its microbatches, the model it started from, the run's settings."""
 REQUIRED = (MODEL_CONFIG, STATE, TOKENIZER, MODEL, OPTIMIZER, GENERATORS)
 
 # A single process needs no process group. DCP warns about its absence at every call.
@@ -66,7 +66,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Step of a checkpoint, from its folder's name."""
+    """Number of training steps behind a checkpoint, from its folder's name."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -125,12 +125,15 @@ def verify_checkpoint(path: Path, required: Sequence[str] = REQUIRED) -> None:
 
 
 _TENSORS_AT_ONCE = 1 << 30
-"""Bytes of tensors that are hashed whatever they are, within seconds."""
+"""Largest size in bytes of a safetensors file that is hashed, within seconds, before its header is looked at."""
 _KINDS = {MODEL_CONFIG: "settings", TOKENIZER: "tokenizer"}
 
 
 def _check_length(file: Path, size: int) -> None:
-    """Raise RunError for a file of a checkpoint that is too long to be hashed, such as a hole of many gigabytes."""
+    """Raise RunError for a file of a checkpoint that is too large to be hashed, such as a sparse file of terabytes.
+
+    size: its length in bytes.
+    """
     if file.suffix == ".safetensors":
         if size > _TENSORS_AT_ONCE:
             read_shapes(file)  # which compares the header with the file's length
@@ -175,7 +178,7 @@ def _read_manifest(manifest: Path) -> dict[str, str]:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a checkpoint that was not resumed, so that it no longer counts as one and no file of it is lost."""
+    """Rename a checkpoint that cannot be resumed, so that it no longer counts as one and its files are kept."""
     try:
         verify_checkpoint(path)
     except (RunError, OSError):
@@ -232,9 +235,11 @@ def _read_metadata(reader: HuggingFaceStorageReader, folder: Path) -> Any:
 
 
 def _shapes(metadata: Any, folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of whole tensors by name. RunError if a part of one is missing.
+    """Shape of each tensor of a folder of safetensors, by name. RunError if the files do not hold all rows of one.
 
-    A file says itself where its parts belong. Else it could ask for the memory of rows that no file has.
+    Each file states itself where its rows belong. Unchecked, it could make the reader allocate rows that no file has.
+
+    metadata: of the folder, as torch.distributed.checkpoint (DCP) reads it.
     """
     shapes = {}
     for name, tensor in metadata.state_dict_metadata.items():
@@ -245,7 +250,10 @@ def _shapes(metadata: Any, folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _is_whole(shape: tuple[int, ...], parts: set[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """True if the parts of a tensor, offsets and sizes, are its rows one after another, as FSDP shares them out."""
+    """True if the parts of a tensor, as (offsets, sizes), are blocks of rows that together are the whole tensor.
+
+    FSDP shares tensors among ranks in this way.
+    """
     if not shape:
         return parts == {((), ())}
     row = 0
@@ -258,7 +266,10 @@ def _is_whole(shape: tuple[int, ...], parts: set[tuple[tuple[int, ...], tuple[in
 
 @contextmanager
 def _original_error() -> Iterator[None]:
-    """Unwrap DCP's CheckpointException, a BaseException that `except Exception` misses, into a rank's own error."""
+    """Context that raises a rank's own error in place of torch.distributed.checkpoint's CheckpointException around it.
+
+    That one is a BaseException, which `except Exception` misses.
+    """
     try:
         yield
     except CheckpointException as error:

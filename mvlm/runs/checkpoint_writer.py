@@ -78,9 +78,10 @@ class CheckpointWriter:
         """Called with each finished checkpoint, in the thread that wrote it."""
 
     def resume_from(self, checkpoint: Path) -> None:
-        """Register the checkpoint that the run continues from.
+        """Note the checkpoint that the run continues from.
 
-        Newer checkpoints are damaged, or their rows of metrics are missing. The next save renames them.
+        Newer checkpoints in the folder could not be resumed: they are damaged, or rows of metrics are missing. The next
+        save renames them.
         """
         self.newest = checkpoint
         self._refused = [path for path in checkpoints(self._root) if step_of(path) > step_of(checkpoint)]
@@ -111,7 +112,7 @@ class CheckpointWriter:
         own: dict[str, dict[str, Tensor]],
         texts: dict[str, Any],
     ) -> None:
-        """Start to write a folder in the form of a checkpoint which is none, and is not there yet.
+        """Start to write a new folder that has the form of a checkpoint but is none, such as that of a failed step.
 
         Args:
             parts: as for `save`.
@@ -165,10 +166,7 @@ class CheckpointWriter:
         return copies
 
     def _write(self, contents: "_Contents") -> None:
-        """Write a folder in four stages.
-
-        A stage starts when every rank has finished the previous one without error.
-        """
+        """Write a folder in four stages, each of which starts when every rank has finished the one before."""
         final, aside = contents.folder, contents.folder.with_suffix(".tmp")
         try:
             self._on_all_ranks(lambda: self._prepare(aside, contents))
@@ -273,7 +271,7 @@ class CheckpointWriter:
 
 @dataclass(frozen=True)
 class _Contents:
-    """Contents of a folder that is to be written, on this rank."""
+    """This rank's contents of a checkpoint's folder, copied to the host, for the thread that writes them."""
 
     folder: Path
     parts: dict[str, dict[str, Tensor]]
@@ -285,7 +283,7 @@ class _Contents:
     tokenizer: Tokenizer | None = None
     """None if the folder is no checkpoint."""
     metrics_bytes: int = 0
-    """Bytes of the metrics that belong to the checkpoint."""
+    """Length in bytes of metrics.jsonl when the checkpoint was made."""
 
     @property
     def is_checkpoint(self) -> bool:

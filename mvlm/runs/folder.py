@@ -53,11 +53,11 @@ class RunFolder:
         """HTML comparison of this run with others."""
 
     def stalled(self, rank: int) -> Path:
-        """Stacks of a rank's threads, written when the watchdog ends it."""
+        """File for the stack traces of a rank's threads, which the watchdog writes before it ends a hung process."""
         return self.path / f"stalled_rank_{rank:05d}.txt"
 
     def evaluation_command(self, data: Path, task: str = "retrieval", split: str = "test") -> str:
-        """The command that writes the figures that `mvlm report` reads."""
+        """The `mvlm eval` command line, as text for a message, that writes the evaluation which `mvlm report` reads."""
         words = ["mvlm", "eval", task, "--checkpoint", self.path, "--data", data, "--out", self.evaluation]
         return shlex.join(map(str, words if split == "test" else [*words, "--split", split]))
 
@@ -140,7 +140,10 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def log_unfinished(run: Path, checkpoint: Path) -> None:
-    """Log how far a run has come whose newest checkpoint is not of its last step. A checkpoint as `run` is silent."""
+    """Log how far a run has come if `checkpoint`, its newest, is not of its last step.
+
+    Nothing is logged if `run` is itself a checkpoint.
+    """
     try:
         steps = read_json(RunFolder(run).config, "settings", "the configuration of a run", RunSettings)["max_steps"]
     except (OSError, RunError, KeyError):
@@ -150,9 +153,10 @@ def log_unfinished(run: Path, checkpoint: Path) -> None:
 
 
 def write_config(config: RunConfig) -> None:
-    """Write config.json atomically; this claims the folder for the run. An existing file is kept, but for a new end.
+    """Write a run's settings to config.json, atomically: from then on the folder belongs to this run.
 
-    Call it once the run has been set up without an error: a folder with a config.json belongs to that run.
+    In an existing file only the number of steps and the record of its extensions are replaced, if the number has
+    changed. Call it once the run has been set up without an error.
     """
     folder = RunFolder(config.out)
     if folder.config.is_file():
@@ -197,6 +201,6 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl up to `last_step`. Lines that are none are skipped."""
+    """Read the rows of a metrics.jsonl up to step `last_step`. Lines that are no complete row are skipped."""
     rows = [row for row in json_lines(path) if fits(row, MetricsRow) and fits(row, MetricsValues)]
     return rows if last_step is None else [row for row in rows if row["step"] <= last_step]

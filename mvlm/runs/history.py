@@ -64,11 +64,13 @@ class History:
         self._append({**event, "machine": describe_machine(device, ranks), "versions": package_versions()})
 
     def metrics_bytes(self) -> int:
-        """Length of the metrics now, to be given to `save`."""
+        """Length in bytes of metrics.jsonl now; `save` takes it once the checkpoint of this moment is written."""
         return self._metrics.stat().st_size if self._metrics.is_file() else 0
 
     def save(self, step: int, manifest: Path, metrics_bytes: int) -> None:
-        """Append the hash of a checkpoint's manifest, and that of the metrics that belong to it. OSError if it cannot.
+        """Append a `save` event: hashes of a checkpoint's manifest and of the first `metrics_bytes` of metrics.jsonl.
+
+        OSError if it cannot be written.
 
         NOTE: call it before the checkpoint is renamed into place. After a kill in between, the checkpoint would have no
         line, and would be taken for one of another run.
@@ -89,14 +91,17 @@ class History:
 
 
 def starts_of(file: Path) -> list[dict[str, Any]]:
-    """The `start` events of a history, in order; none without a history."""
+    """The `start` events of a run's history.jsonl, in order; an empty list if there is no such file."""
     return [event for event in (read_history(file) if file.exists() else []) if event["event"] == START]
 
 
 def changed_ways(events: Sequence[dict[str, Any]], before: dict[str, Any]) -> list[list[str]]:
-    """Changes in how steps are computed, as sentences, at each of some `start` events against the one before it.
+    """For each process that trained a run, the settings that changed how steps are computed, as phrases.
+
+    Each process is compared with the one before it. The first has none.
 
     Args:
+        events: `start` events of the run's history, one for each process.
         before: the settings of the run, for events of older versions, which name none.
     """
     found: list[list[str]] = []
@@ -108,7 +113,7 @@ def changed_ways(events: Sequence[dict[str, Any]], before: dict[str, Any]) -> li
 
 
 def prefix_hash(file: Path, count: int) -> str:
-    """SHA-256 of the first `count` bytes of a file, or of all bytes if it has fewer; of nothing without a file."""
+    """SHA-256 of the first `count` bytes of a file, or of all if it has fewer; of no bytes if it does not exist."""
     digest = hashlib.sha256()
     if count and file.is_file():
         with run_errors(), open_regular(file, within=file.parent) as opened:
@@ -119,7 +124,7 @@ def prefix_hash(file: Path, count: int) -> str:
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """Read the events of a history. Lines that are none are skipped."""
+    """Read the events of a run's history.jsonl. Lines that are no complete event are skipped."""
 
     def is_event(line: dict[str, Any]) -> bool:
         schema = EVENTS.get(str(line.get("event")))

@@ -49,7 +49,13 @@ def read_network(
     image_size: int | None,
     text_length: int | None,
 ) -> TrainedModel:
-    """The model in the folder that `find_model` found for `path`."""
+    """Load the network in a folder that `find_model` found, and its tokenizer, without the head of a task.
+
+    Args:
+        folder: an exported folder if `exported`, else a checkpoint.
+        path: the place that the user named, for messages.
+        device, precision, image_size, text_length: as for `mvlm.load_model`.
+    """
     chosen = device if isinstance(device, torch.device) else choose_device(device)
     if not exported:
         log_unfinished(Path(path), folder)
@@ -74,9 +80,14 @@ def read_network(
 
 
 def network_of(folder: Path, config: MaskVLMConfig, weights: Path, prefix: str) -> MaskVLM:
-    """A network for the weights of a checkpoint, with those of the run's start if they are not in it.
+    """Build a network into which the weights of a checkpoint fit.
 
-    RunError if the settings are not those of the weights, or if the start is not there, or another one.
+    A checkpoint with LoRA adapters may lack the frozen weights; they are then loaded from the model that the run
+    started from. RunError if the configuration does not fit the weights, or if that model is missing or has changed.
+
+    Args:
+        weights: folder of the checkpoint's tensors.
+        prefix: beginning of the names of the network's tensors there.
     """
     adapters = read_state(folder).get("adapters")
     start = adapters["start"] if adapters else None
@@ -118,12 +129,14 @@ def read_weights(module: nn.Module, folder: Path, prefix: str = "") -> None:
 
 @torch.no_grad()
 def mix_with_start(network: MaskVLM, source: Path, mix: float) -> None:
-    """Make the weights of a run's network (1 - mix) times those of its start + mix times its own (WiSE-FT), in place.
+    """Interpolate a run's weights with those of the trained model that it started from (WiSE-FT), in place.
+
+    They become (1 - mix) x the initial ones + mix x the run's own.
 
     Args:
         source: the run, or one of its checkpoints.
 
-    ConfigError for a run that no trained model was the start of, and a mix outside of [0, 1].
+    ConfigError if the run started from no trained model, or if `mix` is outside of [0, 1].
     """
     if not 0 <= mix <= 1:
         raise ConfigError(f"mix: wanted a number in [0, 1], got {mix}")
@@ -141,13 +154,18 @@ def mix_with_start(network: MaskVLM, source: Path, mix: float) -> None:
 
 
 def identify(source: Path | str) -> dict[str, str]:
-    """Place of a trained model, absolute, and hash of its weights. `source` and errors as for `mvlm.load_model`."""
+    """Absolute path and hash of the weights of a trained model. `source` and errors as for `mvlm.load_model`."""
     folder, exported = find_model(source)
     return {"path": str(folder.resolve()), "sha256": sha256(folder / (WEIGHTS_FILE if exported else MANIFEST))}
 
 
 def check_start(start: dict[str, str], state: dict[str, Any], checkpoint: Path) -> None:
-    """Raise RunError unless `start`, as `identify` gives it, is the one that the state of a checkpoint names."""
+    """Raise RunError unless a run's initial model has the hash of the one that its checkpoint was trained from.
+
+    Args:
+        start: path and hash of the initial model, from `identify`.
+        state: content of the checkpoint's state.json.
+    """
     if start["sha256"] != state["adapters"]["start"]["sha256"]:
         raise RunError(f"{start['path']}: wanted the model that {checkpoint} started from, found another; restore it")
 
@@ -221,7 +239,10 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def find_model(source: Path | str) -> tuple[Path, bool]:
-    """Folder of the model that `source` names, and True if it is a portable one, False if it is a checkpoint."""
+    """Folder of a trained model, and True if it is an exported folder, False if it is a checkpoint.
+
+    source: a run, one of its checkpoints, an exported folder or a file in it, or an id on the Hugging Face hub.
+    """
     if not isinstance(source, str | os.PathLike):
         raise ConfigError(f"path: wanted a path or an id of the hub as a text, got {shown(source)}")
     path = Path(source)

@@ -45,7 +45,7 @@ _NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*){0,3}")
 
 
 class DamagedError(Exception):
-    """A checkpoint of the store that is not what its mirror.json says."""
+    """A checkpoint in the object store has files of other lengths or hashes than its mirror.json names."""
 
 
 class Mirror:
@@ -132,7 +132,7 @@ class Mirror:
             self._failing = True
 
     def _copy(self, checkpoint: Path) -> None:
-        """Copy a checkpoint, unless it is there. StoreError or OSError if it cannot."""
+        """Copy a checkpoint to the object store, unless it is there already. StoreError or OSError if it cannot."""
         folder = f"{checkpoint.name}/"
         files = files_of(checkpoint, self._run)
         content = json.dumps({"format_version": FORMAT_VERSION, "files": {n: f.described() for n, f in files.items()}})
@@ -152,7 +152,10 @@ class Mirror:
             self._remove_old(step_of(checkpoint))
 
     def _remove_old(self, step: int) -> None:
-        """Keep the newest checkpoints up to a step, and remove older ones and unfinished ones."""
+        """Remove checkpoints from the object store, except the newest `keep` among those of steps up to `step`.
+
+        Unfinished copies are removed too.
+        """
         names = self._store.names()
         steps = {s for name in names if (s := _step_of_name(name)) is not None and s <= step}
         kept = sorted(s for s in steps if f"{checkpoint_name(s)}/{MIRROR}" in names)[-self._keep :]
@@ -163,7 +166,7 @@ class Mirror:
 
 
 class _Part:
-    """The first `size` bytes of a file, with their SHA-256."""
+    """The first `size` bytes of a file that is copied to the object store, with their SHA-256."""
 
     def __init__(self, path: Path, size: int, digest: str | None = None) -> None:
         self._path, self.size = path, size
@@ -188,9 +191,9 @@ def _hash_of(blocks: Iterator[bytes]) -> str:
 
 
 def files_of(checkpoint: Path, run: RunFolder) -> dict[str, _Part]:
-    """Files of a checkpoint and of its run, up to this checkpoint, by their names in the store.
+    """Files of a checkpoint, and of its run as they were at this checkpoint, by their names in the object store.
 
-    The manifest's hashes are taken for the checkpoint's files. OSError if a file is missing.
+    Hashes of the checkpoint's files come from its manifest. OSError if a file is missing.
     """
     digests = parse_json(read_regular(checkpoint / MANIFEST, "manifest", within=checkpoint))["sha256"]
     found = {n: _Part(checkpoint / n, (checkpoint / n).stat().st_size, digest) for n, digest in sorted(digests.items())}
@@ -249,7 +252,10 @@ def _unreadable(store: StoreFolder, error: StoreError) -> RunError:
 
 
 def _restore_newest(store: StoreFolder, run: RunFolder, steps: set[int]) -> None:
-    """Restore the newest good one of the checkpoints of some steps, if none in the run folder is as new."""
+    """Restore the newest undamaged checkpoint from the object store, unless the run folder has one as new.
+
+    steps: steps of the checkpoints in the store.
+    """
     own = next((step_of(path) for path in reversed(checkpoints(run.checkpoints)) if _is_good(path)), -1)
     for step in sorted(steps, reverse=True):
         try:
@@ -288,7 +294,10 @@ def _read_manifest(store: StoreFolder, step: int) -> Files:
 
 
 def _check_same_run(store: StoreFolder, run: RunFolder, step: int, files: Files) -> None:
-    """Raise RunError if the store holds another run than the folder: a history begins with the first start."""
+    """Raise RunError if the object store holds another run than the folder: their histories begin differently.
+
+    files: (bytes, SHA-256) of the files of the store's checkpoint of step `step`.
+    """
     if not run.history.is_file() or HISTORY not in files:
         return
     size, digest = files[HISTORY]
@@ -334,7 +343,12 @@ def _restore(store: StoreFolder, run: RunFolder, step: int, files: Files) -> Non
 
 
 def _place_run_files(run: RunFolder, theirs: Path) -> None:
-    """Take the settings, rows and history of the store, unless the run folder has them, and more behind them."""
+    """Put config.json, metrics.jsonl and history.jsonl from the object store into the run folder.
+
+    An existing config.json stays. Metrics and history stay if the folder's history begins with the store's.
+
+    theirs: folder of the downloaded files.
+    """
     # The settings first: a folder that has them belongs to a run, so a kill leaves one that can be resumed.
     if not run.config.is_file():
         settings = read_regular(theirs / run.config.name, "settings", within=run.path)
@@ -365,9 +379,10 @@ def _download(store: StoreFolder, name: str, file: Path, size: int) -> str:
 
 
 def _patiently(request: Callable[[], T], name: str = "") -> T:
-    """Result of a request to the store, which is repeated for `PATIENCE_S` unless that is no use.
+    """Result of a request to the object store, repeated for `PATIENCE_S` seconds while it fails.
 
-    DamagedError if the file `name` is not there, or has another length.
+    It is not repeated after an error that would come again. DamagedError if the file `name` is not there, or has
+    another length.
     """
     until, pause = time.monotonic() + PATIENCE_S, FIRST_PAUSE_S
     while True:

@@ -31,7 +31,7 @@ _STATUS = re.compile(r"status(?: code)?:? (\d{3})")
 
 
 class StoreError(Exception):
-    """A request that failed, in words of ours.
+    """A request to an object store has failed. Its message holds nothing that the store answered.
 
     `wrong_file` is True if there is no such file or it has another length, `lasting` if a repetition would fail too.
     """
@@ -94,7 +94,7 @@ class StoreFolder:
         return digest.hexdigest()
 
     def delete(self, names: list[str]) -> None:
-        """Remove files. One that is not there is none."""
+        """Remove files. One that does not exist is no error."""
         if names:
             self._do(lambda: self._obstore.delete(self._store, [self._prefix + name for name in names]))
 
@@ -119,7 +119,7 @@ class StoreFolder:
 
 
 def _judge(error: Exception) -> StoreError:
-    """An error of obstore, in words without anything of the store's or of the user's."""
+    """Translate an error of obstore into a message without its text, which may hold URLs or credentials."""
     kind, text = type(error).__name__, str(error)[:10_000]
     status = _STATUS.search(text)
     if kind == "NotFoundError" or (status and status[1] == "404"):

@@ -92,10 +92,10 @@ def checkpoint_to_resume(run: RunFolder, last: int) -> Path | None:
 
 
 def missing_rows(run: RunFolder, checkpoint: Path) -> str:
-    """Rows of metrics that were there when a checkpoint was saved and are gone, in words; empty if there are none.
+    """Message on rows of metrics that existed when a checkpoint was saved and are gone; empty if none are.
 
-    Of a run without a history, and of a checkpoint that it does not name, nothing is known, so nothing is missing.
-    Rows that have another text than then, but are all there, cause a warning.
+    It is empty too if the run has no history, or one that does not name the checkpoint. Rows that are all there with
+    another text than then cause a warning.
     """
     events = read_history(run.history) if run.history.exists() else []
     manifest, step = sha256(checkpoint / MANIFEST), step_of(checkpoint)
@@ -123,11 +123,11 @@ def missing_rows(run: RunFolder, checkpoint: Path) -> str:
 
 
 def rows_due(events: list[dict[str, Any]], step: int, log_every: Any) -> list[int]:
-    """Steps up to `step` that have a row for certain, ascending: every `log_every` steps of each part of a run.
+    """Steps up to `step` of which metrics.jsonl must have a row, ascending: every `log_every` steps of each process.
 
     Args:
-        events: of the run's history, up to that step.
-        log_every: setting of the run, for parts of older versions, which do not name theirs.
+        events: events of the run's history up to that step; each `start` is that of a process.
+        log_every: setting of the run, for processes of older versions, which do not name theirs.
     """
     found: list[int] = []
     for part in reversed([event for event in events if event["event"] == START]):

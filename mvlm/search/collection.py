@@ -37,11 +37,11 @@ from mvlm_dataloading.untrusted import check_links, parse_json, read_regular, re
 from mvlm_dataloading.urls import is_remote, normal_url
 
 STORED = replace(LIMITS, kinds=tuple(EXTENSIONS))
-"""Limits of an image in a folder: the formats are those that a data set of the folder would have."""
+"""Limits of an image in a folder that is embedded: only formats that a data set may store are decoded."""
 
 
 class Item(NamedTuple):
-    """One image with its captions."""
+    """One image of a collection with its captions and metadata, and where it comes from."""
 
     id: str
     """Identifier, unique in the collection: the key in the split, or the path in the folder."""
@@ -67,7 +67,7 @@ class DataCollection:
 
     @property
     def source(self) -> dict[str, Any]:
-        """Place of the collection, as JSON, from which `open_collection` opens it again."""
+        """Kind, path and splits of the collection as plain JSON, from which it can be opened again."""
         return {"kind": "data", "path": str(self.folder), "splits": [split.split for split in self.splits]}
 
     @property
@@ -143,7 +143,7 @@ class FolderCollection:
         return Item(self.id(i), "", i, captions, metadata, hashlib.sha256(content).hexdigest())
 
     def _sidecar(self, path: Path, suffix: str) -> str:
-        """Text of the file beside an image; empty without one."""
+        """Content of the text file that has an image's path with another suffix; empty if there is none."""
         file = path.with_suffix(suffix)
         try:
             with run_errors():
@@ -185,7 +185,10 @@ class FolderCollection:
         return f"{self.paths[i]}: could not be read when its part was embedded, can be read now; embed again"
 
     def _load(self, i: int, side: int) -> tuple[Item, Tensor]:
-        """Item i and its image. RunError if it, or a file beside it, cannot be read, or if its name cannot be an id."""
+        """Item i and its pixels uint8 (3, S, S), S = `side`.
+
+        RunError if the image or a file with its captions or metadata cannot be read, or if its name cannot be an id.
+        """
         try:
             str(self.paths[i]).encode()
         except UnicodeEncodeError:
@@ -201,7 +204,10 @@ Collection = DataCollection | FolderCollection
 
 
 def _item_of(part: Dataset, first: int, raw: RawBatch, i: int) -> Item:
-    """Item of row i of a batch of `part`, whose sample 0 is row `first` of its split."""
+    """Describe sample i of a raw batch as an item of a collection.
+
+    part: rows of a split from row `first` on, from which the batch was read.
+    """
     number = int(raw.ids[i])
     where = partial(part.where, number)
     captions, metadata = parse_captions(raw.texts[i], where), parse_metadata(raw.metadata[i], where)

@@ -127,10 +127,13 @@ _PART = re.compile(r"\.?((images|texts)-\d+\.parquet|plan\.json)(\..*)?")
 
 
 def _begin(folder: EmbeddingFolder, spec: dict[str, Any], settled: Sequence[str]) -> None:
-    """Check what the locked folder holds. Without any part, it takes this specification.
+    """Start or continue an embedding in a locked folder. RunError if it holds another embedding.
+
+    A folder without finished parts gets the specification. Files of killed processes are removed.
 
     Args:
-        settled: names of the specification by which a finished embedding may differ.
+        spec: everything that the vectors depend on, as JSON.
+        settled: keys of `spec` in which a finished embedding may differ from it.
     """
     _remove_leftovers(folder)
     finished = folder.description.is_file()
@@ -163,12 +166,12 @@ def _remove_leftovers(folder: EmbeddingFolder) -> None:
 
 
 def _numbers(items: int) -> range:
-    """Numbers of the parts of a collection."""
+    """Numbers, from 0, of the parts in which a collection of so many items is embedded."""
     return range(-(-items // PART))
 
 
 def _embed_parts(model: TrainedModel, collection: Collection, folder: EmbeddingFolder, world: World) -> None:
-    """Write the parts of this rank that are not there yet."""
+    """Embed this rank's parts of a collection, those whose files are not there yet, and write their files."""
     done, numbers = 0, _numbers(len(collection))[world.rank :: world.size]
     with WorkProgress("images") if world.first else contextlib.nullcontext() as progress:
         for position, number in enumerate(numbers, 1):
@@ -215,7 +218,14 @@ def schema_of(kind: str, width: int, version: int = FORMAT_VERSION) -> pa.Schema
 
 
 def _table(kind: str, rows: Sequence[tuple[str, Item, str]], vectors: list[torch.Tensor], width: int) -> pa.Table:
-    """Rows of an id, an item and a text, with batches of vectors float32 (n, E)."""
+    """Make an Arrow table of embeddings.
+
+    Args:
+        kind: images or texts.
+        rows: (id of the row, its image's item, its text) of each row.
+        vectors: batches float32 (n, E), together a vector for each row.
+        width: E.
+    """
     numbers = torch.cat(vectors).numpy() if vectors else np.empty((0, width), np.float32)
     # JSON may hold half a letter of Unicode, which a file in UTF-8 may not: it becomes "?".
     metadata = [
@@ -235,7 +245,13 @@ def _table(kind: str, rows: Sequence[tuple[str, Item, str]], vectors: list[torch
 
 
 def join_parts(folder: EmbeddingFolder, kind: str, items: int, width: int) -> int:
-    """Write all parts as one Parquet file, one part in memory at a time. Returns the number of rows."""
+    """Write the parts of an embedding as one Parquet file, one part in memory at a time. Returns the number of rows.
+
+    Args:
+        kind: images or texts.
+        items: number of items in the collection.
+        width: width of the vectors.
+    """
     rows = 0
     with (
         replaced(folder.vectors(kind)) as aside,
@@ -279,7 +295,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def _read_versioned(file: Path, schema: Any = Embedding) -> dict[str, Any]:
-    """The description of an embedding, of this format version. RunError for another one."""
+    """Read embedding.json or plan.json of an embedding. RunError if it has another format version or is damaged."""
     value = read_json(file, "settings", "the description of an embedding", schema)
     if value["format_version"] not in READABLE:
         raise RunError(

@@ -30,19 +30,19 @@ from mvlm_dataloading.untrusted import check_links, parse_json
 from mvlm_dataloading.urls import shown
 
 STORES = ("s3", "gs", "az")
-"""Schemes of URLs at which an index may be. The engine knows others, of which one keeps nothing."""
+"""Schemes of URLs at which an index may be. LanceDB accepts others, one of which stores nothing."""
 APPROXIMATE_FROM = 100_000
 """Rows from which `auto` builds an inverted file with product quantisation (docs/evidence/tasks.md has measurements).
 Below, a full product takes milliseconds and is exact."""
 PROBED, LEAST_PROBED = 1 / 10, 40
 """Share of an inverted file's cells that a query reads, and the fewest: a tenth of few cells finds less."""
 REFINED = 8
-"""Candidates whose exact similarity is computed, as a multiple of the answers that the engine gives."""
+"""`refine_factor` of LanceDB: exact similarities are computed for so many candidates per wanted answer."""
 MARGIN = 16
-"""Further answers of the engine: it sorts by float32 sums; answers are sorted by float64 sums, as in evaluation."""
+"""Answers that are asked of LanceDB beyond those wanted: it sorts by float32 sums, we sort again by float64 sums."""
 RESERVED = ("key", "source", "id", "split", "row", "image", "metadata", "text", "vector")
 OWN_COLUMNS = [pa.field("key", pa.string()), pa.field("source", pa.int32())]
-"""Columns of a table beside those of embeddings and of fields of the metadata."""
+"""Columns of an index that embedding files do not have: unique key of a row, and number of its collection."""
 MAX_COLUMNS = 64
 TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
 
@@ -74,7 +74,7 @@ class Hit(NamedTuple):
 
 @dataclass
 class SearchIndex:
-    """An index that exists. `create_index` and `open_index` make one."""
+    """An opened search index: searches, additions and removals. `create_index` and `open_index` return one."""
 
     location: str
     about: dict[str, Any]
@@ -82,11 +82,14 @@ class SearchIndex:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """Collections of the index, as `open_collection` opens them."""
+        """Kind, path and splits of each embedded collection, in the order of their numbers."""
         return self.about["sources"]
 
     def check_model(self, sha256: str, what: str) -> None:
-        """Raise RunError unless vectors of the model `sha256` can be compared with those of the index."""
+        """Raise RunError unless the index is of the model with the hash `sha256`: vectors of others do not compare.
+
+        what: plural noun of what comes from that model, for the error.
+        """
         if sha256 != self.about["model"]:
             raise RunError(
                 f"{self.location}: wanted {what} of the model {self.about['model'][:12]}... of this index, found "
@@ -98,11 +101,10 @@ class SearchIndex:
         return self._table(kind).count_rows()
 
     def add(self, embeddings: Path) -> dict[str, int]:
-        """Add embeddings. Returns the rows added or replaced, by kind.
+        """Add a folder of embeddings. Returns the numbers of images and texts in it, by kind.
 
-        Rows that the index has already are replaced; rows of these splits that the collection no longer has, removed.
-
-        Processes of this machine take turns.
+        Rows of the same collection, split, row and id are replaced. Rows of the added splits that the embeddings no
+        longer have are removed. Processes of this machine add one after another.
 
         NOTE: machines that share an object store must not add at once. Two collections could get one number, and
         answers would show images of the wrong one.
@@ -133,7 +135,7 @@ class SearchIndex:
         return {kind: description[kind] for kind in KINDS}
 
     def reload(self) -> None:
-        """Read again what the index holds, after another process has added to it."""
+        """Read the index's description again, so that collections that another process has added are known."""
         self.about = read_about(self._database, self.location)
 
     def _number_of(self, source: dict[str, Any]) -> int:
@@ -195,7 +197,10 @@ class SearchIndex:
         return sorted(hits, key=lambda hit: (-hit.similarity, hit.source, hit.split, hit.row))[:top]
 
     def _hit(self, row: dict[str, Any], vector: NDArray[np.float32]) -> Hit:
-        """An answer, checked: an index may come from others."""
+        """Make an answer from a row of the index, with its float64 similarity to the query's vector float32 (E,).
+
+        The row is compared with its schema: an index may come from others.
+        """
         try:
             metadata = parse_json(row["metadata"] or "null")
         except ValueError:
@@ -304,7 +309,10 @@ def open_index(location: str) -> SearchIndex:
 
 
 def _check_place(location: str) -> None:
-    """Raise RunError unless an index may be at a place: an object store, or a folder without links that leave it."""
+    """Raise RunError unless `location` is a URL of an object store without credentials, or a local folder.
+
+    A folder may have no link that leads out of it.
+    """
     scheme, sign, rest = location.partition("://")
     if sign and (scheme not in STORES or "@" in rest.split("/")[0] or len(rest.split("/")[0]) < 3):
         raise RunError(
@@ -351,7 +359,12 @@ def read_about(database: Any, location: str) -> dict[str, Any]:
 
 
 def refuse_of(error: BaseException, location: str, wanted: str) -> NoReturn:
-    """Raise RunError for an error of the engine, which may be a panic of Rust. Others that end a process pass."""
+    """Raise a RunError in place of an error of LanceDB, which may be a panic of Rust.
+
+    Other errors that are no `Exception`, such as KeyboardInterrupt, are raised as they are.
+
+    wanted: noun phrase for what could not be read.
+    """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     raise RunError(f"{location}: wanted {wanted}, could not be read: {_line(error)}; make it again") from None
@@ -382,12 +395,12 @@ def _line(error: BaseException) -> str:
 
 
 def _listed(texts: Iterable[str]) -> str:
-    """Texts as literals of SQL."""
+    """Quote texts as string literals of SQL, joined by commas."""
     return ", ".join("'" + text.replace("'", "''") + "'" for text in texts)
 
 
 def _remove_others(table: Any, where: str, keys: set[str]) -> None:
-    """Remove the rows that a filter chooses, but for those with these keys."""
+    """Remove the rows that an SQL condition chooses, except those whose column `key` is in `keys`."""
     if (rows := table.count_rows(where)) == len(keys):
         return
     found = table.search().where(where).select(["key"]).limit(rows).to_arrow()["key"].to_pylist()
@@ -399,7 +412,7 @@ def _remove_others(table: Any, where: str, keys: set[str]) -> None:
 def _batches(
     embeddings: Path, kind: str, description: dict[str, Any], schema: pa.Schema, source: int
 ) -> Iterator[pa.RecordBatch]:
-    """Rows of an embedding as rows of an index."""
+    """Yield the images or texts of an embedding folder with the columns of an index's table, in record batches."""
     given = set(schema_of(kind, description["width"], description["format_version"]).names)
     extra = [field for field in schema if field.name not in {*given, "key", "source"}]
     for batch in read_batches(embeddings, kind, description):
@@ -433,7 +446,11 @@ def kinds_in(embeddings: Path, description: dict[str, Any]) -> dict[str, set[str
 
 
 def fields_of(kinds: dict[str, set[str]]) -> list[pa.Field]:
-    """Columns by name: int64, double where some are not whole or too large, bool, and string where types differ."""
+    """Arrow fields for metadata, sorted by name, from the kinds of each field's values.
+
+    Whole numbers become int64, and double if some are not whole or too large. Booleans become bool. Texts become
+    string, as do values of different types.
+    """
     found = []
     for name, seen in sorted(kinds.items())[:MAX_COLUMNS]:
         if len(seen) > 1 or seen == {"fraction"}:
@@ -445,7 +462,10 @@ def fields_of(kinds: dict[str, set[str]]) -> list[pa.Field]:
 
 
 def columns_of(metadata: Sequence[str], fields: Iterable[pa.Field]) -> dict[str, pa.Array]:
-    """A column for each field, null where an item lacks it or has a value of another type."""
+    """Make an Arrow column of each field, null where an item lacks it or has a value of another type.
+
+    metadata: metadata of each item, as the text of a JSON object.
+    """
     values = [json.loads(text) for text in metadata]
     return {
         field.name: pa.array([_as_type(one.get(field.name), field.type) for one in values], field.type)

@@ -75,7 +75,13 @@ def query_vector(model: TrainedModel, text: str | None, image: ImageLike | None)
 
 
 def _rerank(model: TrainedModel, images: "ImageReader", partner: Any, kind: str, hits: list[Hit]) -> list[Hit]:
-    """Order hits by the query's ITC logit plus the log-odds of ITM with `partner`."""
+    """Sort answers again by the ITC logit of query and answer plus ITM's log-odds that they belong together.
+
+    Args:
+        images: reads the answers' images.
+        partner: the query's text if the answers are images, its image if they are texts.
+        kind: images or texts, the answers.
+    """
     if kind == "images":
         log_odds = model.match((images.read(hit) for hit in hits), partner).log_odds
     else:
@@ -101,7 +107,7 @@ class ImageReader:
         self._opened: dict[int, Collection] = {}
 
     def read(self, hit: Hit) -> bytes:
-        """The image of a hit, encoded; of a text, the image that it describes. RunError if it is not there any more."""
+        """Encoded image of an answer; for a caption, the image that it describes. RunError if it is gone or changed."""
         if not hit.image:
             raise RunError(
                 f"{self._index.location}: wanted hashes of the images, which earlier versions did not write; embed and "

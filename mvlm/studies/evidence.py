@@ -18,19 +18,22 @@ LEAST_TEXT_GAIN = 0.5
 BETWEEN = (10.0, 70.0)
 POWER = 0.8
 PILOT = 3
-"""First seeds, whose paired deviation says how many are needed."""
+"""Number of first seeds, from whose paired differences the number of seeds that a study needs is estimated."""
 Result = dict[str, Any]
 
 
 class Rule(NamedTuple):
-    """A figure of a trial, and whether it passes."""
+    """Figure of a trial that a rule looks at, and whether it passes the rule."""
 
     figure: float
     passed: bool
 
 
 def rules(result: Result, base: bool) -> dict[str, Rule]:
-    """Rules that apply to a trial of pretraining, by name. `base`: it is one of the base arm."""
+    """Judge a trial of pretraining by the rules for evidence that apply to it: rule's name -> figure and outcome.
+
+    base: True if the trial is of the base arm, for which two further rules are.
+    """
     figures, settings, found = result["figures"], result["settings"], {}
     if settings["mim_weight"] > 0:
         share = figures["masked_l1"] / figures["masked_l1_train_median"]
@@ -50,7 +53,7 @@ def rules(result: Result, base: bool) -> dict[str, Rule]:
 
 
 def both_ways(figures: Result) -> float:
-    """R@1, the mean of both directions."""
+    """Mean of R@1 from image to text and from text to image."""
     return fmean((figures["tr"]["r1"], figures["ir"]["r1"]))
 
 

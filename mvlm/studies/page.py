@@ -51,28 +51,31 @@ Result = dict[str, Any]
 
 
 class Comparison(NamedTuple):
-    """One figure of one arm, beside the base arm's."""
+    """One figure of one arm, compared seed by seed with the arm that it is paired with, usually the base arm."""
 
     seeds: int
-    """S, seeds that both arms have."""
+    """Number S of seeds that both arms have."""
     mean: float
     spread: float
     """Standard deviation over seeds; 0 for one seed."""
     difference: float
-    """Mean of the differences to the base arm, seed by seed."""
+    """Mean over seeds of the arm's figure minus the other arm's."""
     over_seeds: Interval
-    """Interval of the difference, by Student's t. Of one or two seeds it takes the deviation that the differences of
-    other arms have; without such arms, that of one seed has no width."""
+    """95 % interval of `difference` over seeds, by Student's t.
+
+    With one or two seeds it uses the standard deviation of the differences of other arms; if no arm has more seeds,
+    that of one seed has no width.
+    """
     over_images: Interval | None
-    """Interval of the difference, by drawing seeds and images, with `over_seeds` inside; None for no recall."""
+    """95 % interval of `difference` over seeds and test images, which contains `over_seeds`; None if no recall."""
     paired: float
     """Standard deviation of the differences over seeds."""
     unpaired: float
-    """Standard deviation of the differences if the base arm had other seeds: the root of the sum of both variances."""
+    """Standard deviation of the differences if both arms had different seeds: root of the sum of both variances."""
 
 
 class Pooled(NamedTuple):
-    """Deviation of the differences over seeds, from several arms with their partners."""
+    """Pooled standard deviation of seed-by-seed differences of several pairs of arms, and its degrees of freedom."""
 
     deviation: float
     freedom: int
@@ -84,9 +87,12 @@ class Pooled(NamedTuple):
 
 
 def pooled(pairs: Iterable[tuple[Sequence[Result], Sequence[Result]]], measure: str) -> Pooled | None:
-    """Deviation of the differences of arms and their partners that share at least `FEW_SEEDS` seeds; None without any.
+    """Standard deviation of a measure's seed-by-seed differences, pooled over pairs of arms.
 
-    Two seeds may differ by chance as little as 0.1 points where eight differ by 3, and one has no deviation at all.
+    Only pairs that share at least `FEW_SEEDS` seeds count; None if there are none. It serves arms of fewer seeds: two
+    seeds may differ by chance as little as 0.1 points where eight differ by 3, and one has no deviation at all.
+
+    pairs: results of an arm, and of the arm that it is compared with.
     """
     squares, freedom = 0.0, 0
     for arm, base in pairs:
@@ -101,7 +107,9 @@ def pooled(pairs: Iterable[tuple[Sequence[Result], Sequence[Result]]], measure: 
 def compare(arm: Sequence[Result], base: Sequence[Result], measure: str, others: Pooled | None = None) -> Comparison:
     """Compare trials of an arm with the base arm's trials of the same seeds. ConfigError for an unknown measure.
 
-    Trials without a partner are left out. At least one has one. `others` has the deviation for fewer than `FEW_SEEDS`.
+    Seeds that only one of them has are left out; at least one must be shared.
+
+    others: deviation of other arms' differences, which is used if fewer than `FEW_SEEDS` seeds are shared.
     """
     partners = {result["seed"]: result for result in base}
     pairs = [(result, partners[result["seed"]]) for result in arm if result["seed"] in partners]
@@ -131,20 +139,34 @@ def compare(arm: Sequence[Result], base: Sequence[Result], measure: str, others:
 
 
 def beside_images(over_seeds: Interval, values: Floats, images: NDArray[np.int64]) -> Interval:
-    """Interval over seeds and images where the seeds (S, Q) are too few to be drawn: both widths, as independent."""
+    """95 % interval of a mean over seeds and test images, for too few seeds to bootstrap.
+
+    Its half-widths are the root of the sum of squares of those over seeds and over images, as if independent.
+
+    Args:
+        over_seeds: interval over seeds.
+        values: (S, Q), a value for each seed and query.
+        images: int64 (Q,), image of each query, over which the bootstrap draws.
+    """
     mean, drawn = float(values.mean()), grouped_bootstrap(values.mean(0), images.tolist(), resamples=RESAMPLES)
     low, high = (float(np.hypot(one - mean, other - mean)) for one, other in zip(over_seeds, drawn, strict=True))
     return Interval(mean - low, mean + high)
 
 
 def with_images(over_seeds: Interval, values: Floats, images: NDArray[np.int64]) -> Interval:
-    """Interval over seeds and images, of values (S, Q) and the image of each query (Q,); `over_seeds` lies in it."""
+    """95 % interval of the mean of values (S, Q) by a bootstrap over seeds and images, widened to contain `over_seeds`.
+
+    images: int64 (Q,), image of each query.
+    """
     drawn = grouped_bootstrap(values, images.tolist(), resamples=RESAMPLES)
     return Interval(min(drawn.low, over_seeds.low), max(drawn.high, over_seeds.high))
 
 
 def figure(result: Result, measure: str) -> float:
-    """A trial's figure by its dotted name. ConfigError if there is none."""
+    """Value of a measure in a trial's figures, by its dotted name such as itc.tr.r1. ConfigError if it has none.
+
+    A recall without a direction is the mean of both directions.
+    """
     if len(names := directed(measure)) > 1:
         return fmean(figure(result, name) for name in names)
     value: Any = result["figures"]
@@ -164,7 +186,7 @@ def figure(result: Result, measure: str) -> float:
 
 
 def directed(measure: str) -> list[str]:
-    """A recall without a direction, such as itm.r1, by each direction; any other measure alone."""
+    """Expand a recall without a direction, such as itm.r1, to itm.tr.r1 and itm.ir.r1; any other measure is alone."""
     *where, cut = measure.split(".")
     if cut not in CUTS or (where and where[-1] in DIRECTIONS):
         return [measure]
@@ -172,15 +194,15 @@ def directed(measure: str) -> list[str]:
 
 
 def is_recall(measure: str) -> bool:
-    """True for a recall of pretraining, such as ir.r1, unseen.itc.tr.r5 or itm.r1, of which all ranks are kept."""
+    """True for a recall such as ir.r1, unseen.itc.tr.r5 or itm.r1, for which results hold the rank of every query."""
     *where, cut = directed(measure)[0].split(".")
     return bool(where) and where[-1] in DIRECTIONS and cut in CUTS and {*where} <= {*FIGURES}
 
 
 def query_hits(result: Result, measure: str) -> Floats:
-    """100 for each query that a recall counts as found, else 0: (Q,), so that its mean is the recall in per cent.
+    """100 for each query whose right answer a recall counts as found, else 0: (Q,), whose mean is the recall in %.
 
-    Of both directions, one after the other, hits are weighted so that this still holds.
+    For a recall over both directions, their queries follow one another, weighted so that the mean is still the recall.
     """
     names = directed(measure)
     if len(names) > 1:
@@ -197,7 +219,7 @@ def query_hits(result: Result, measure: str) -> Floats:
 
 
 def image_of_query(result: Result, measure: str) -> NDArray[np.int64]:
-    """The image of each query of a recall: int64 (Q,)."""
+    """Index of the image that each query of a recall is, or is a caption of: int64 (Q,)."""
     names = directed(measure)
     if len(names) > 1:
         return np.concatenate([image_of_query(result, name) for name in names])
@@ -219,7 +241,10 @@ COLUMNS = (
 
 
 def comparisons(study: Study, results: Sequence[Result]) -> dict[str, dict[str, Comparison]]:
-    """Measure -> arm -> its comparison with its partner. Arms without trials of the same seed are left out."""
+    """Compare each arm of a study with its partner: measure -> arm -> comparison.
+
+    Arms that share no seed with their partner are left out.
+    """
     arms = by_arm(study, results)
     partners = {name: arms[study.partner(name)] for name in arms}
     shared = [n for n, found in arms.items() if {r["seed"] for r in found} & {r["seed"] for r in partners[n]}]
@@ -231,7 +256,7 @@ def comparisons(study: Study, results: Sequence[Result]) -> dict[str, dict[str, 
 
 
 def by_arm(study: Study, results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Arm -> its results, in the order of the study."""
+    """Group results of trials by arm, in the order of the study's arms."""
     return {name: [r for r in results if r["arm"] == name] for name in study.arms}
 
 
@@ -278,9 +303,10 @@ def write_study_page(study: Study, results: Sequence[Result], file: Path) -> Pat
 
 
 def answer(study: Study, measure: str, rows: dict[str, Comparison]) -> str:
-    """One sentence on a measure: the arms that differ from their partners, by their widest interval.
+    """One sentence on a measure: the arms whose difference to their partner has an interval without 0.
 
-    One seed alone has no spread, and says nothing of other seeds.
+    The interval is that over seeds and images, for a recall, else that over seeds. An arm of one seed with an interval
+    of no width is left out.
     """
     apart = []
     for arm, c in rows.items():
@@ -294,7 +320,7 @@ def answer(study: Study, measure: str, rows: dict[str, Comparison]) -> str:
 
 
 def power(study: Study, arms: dict[str, list[Result]]) -> str:
-    """Sentence on the seeds that the study needs to see the effect that it looks for; empty if it names no effect."""
+    """Number of seeds that each arm needs for the study's effect to be found, as text; empty if it names no effect."""
     if not study.effect:
         return ""
     needed = {}
@@ -309,7 +335,7 @@ def power(study: Study, arms: dict[str, list[Result]]) -> str:
 
 
 def comparison_table(study: Study, rows: dict[str, Comparison]) -> Markup:
-    """A table of one measure, with a row for each arm."""
+    """HTML table of one measure with a row for each arm: mean, deviations, difference to its partner, and intervals."""
     header = ["arm", "seeds", "mean", "sd", "against", "difference", "over seeds", "over seeds and images",
               "sd paired", "sd unpaired"]  # fmt: skip
     cells = []
@@ -328,7 +354,7 @@ def _format(interval: Interval | None) -> str:
 
 
 def settings_table(study: Study) -> Markup:
-    """A table of the settings in which each arm differs."""
+    """HTML table of the settings in which each arm differs from the study's."""
     return table(["arm", "settings"], [[name, _flat(arm) or "those of the study"] for name, arm in study.arms.items()])
 
 
@@ -363,7 +389,7 @@ def _flops(result: Result, form: str) -> str:
 
 
 def charts(arms: dict[str, list[Result]]) -> list[Markup]:
-    """Charts of losses and evaluations in training, against steps and FLOPs: means over seeds, a line an arm."""
+    """Charts of losses and evaluations in training, against steps and FLOPs; a line is an arm's mean over seeds."""
     found = []
     known = RUN_CURVES | TASK_CURVES | EVALUATION_CURVES
     of_tasks = {name for results in arms.values() for r in results for name in r["curves"]} - set(known)
@@ -382,14 +408,14 @@ def charts(arms: dict[str, list[Result]]) -> list[Markup]:
 
 
 def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
-    """Steps that all curves have, and the mean value at each."""
+    """Average curves of (step, value): the steps that all of them have, and the mean value at each."""
     tables = [dict(curve) for curve in curves]
     steps = sorted(set.intersection(*(set(t) for t in tables))) if tables else []
     return [float(x) for x in steps], [fmean(t[x] for t in tables) for x in steps]
 
 
 def limits(study: Study, arms: dict[str, list[Result]]) -> str:
-    """The limits of a study, from its size: what it can and cannot show."""
+    """Sentences for a study's page on what it can and cannot show, from its numbers of seeds, steps and splits."""
     any_result = next(iter(arms.values()))[0]
     seeds = min(len(found) for found in arms.values())
     few = f" {seeds} seeds are too few: their intervals are wide, so take 5." if seeds < FEW_SEEDS else ""

@@ -37,11 +37,11 @@ from mvlm_dataloading.untrusted import check_links
 log = logging.getLogger(__name__)
 
 CAPTIONS = 512
-"""First captions, from which the mean length is estimated that decides the FLOPs of a step."""
+"""Number of a split's first captions from which the mean caption length, for the FLOPs of a step, is estimated."""
 SAMPLES = 8
-"""First samples of a split, on which the names of a task's figures are found."""
+"""Number of a split's first samples that are evaluated to learn the names of a task's figures."""
 _OF_OTHERS = ("config.json", "dataset.json", "model.safetensors", "checkpoints")
-"""Files of a run, a data set, a model: a folder that has one is no study's."""
+"""Files that show that a folder belongs to a run, a data set or a model, and not to a study."""
 
 
 def run_study(
@@ -112,9 +112,11 @@ def run_study(
 
 
 def check_measures(study: Study, trial: Trial) -> None:
-    """Raise ConfigError for a measure that no trial will have.
+    """Raise ConfigError if a study names a measure that its trials will not have.
 
-    Figures of a task are those of its untrained head on a few samples of each split.
+    For a study of a task, the names are learnt by evaluating random weights on a few samples of each split.
+
+    trial: any trial of the study.
     """
     known = MEASURES
     if isinstance(trial.config, FinetuneConfig):
@@ -151,7 +153,10 @@ def report_finished(
 
 
 def _found(trial: Trial, others: Sequence[Path]) -> dict[str, Any] | None:
-    """Result of a trial that is finished, or finished in another study; None if it has to be run."""
+    """Result of a trial if it is finished, here or as an equal trial of another study; None if it has to be run.
+
+    others: folders of other studies, or their files trials.jsonl.
+    """
     found = read_result(trial)
     for folder in others:
         found = found or take_result(trial, folder)
@@ -159,7 +164,10 @@ def _found(trial: Trial, others: Sequence[Path]) -> dict[str, Any] | None:
 
 
 def _others(reuse: Sequence[Path], out: Path) -> list[Path]:
-    """The studies to take results from. `out` is left out: a study runs each of its arms, equal ones too."""
+    """Places in `reuse` from which results may be taken: all but the study's own folder `out`.
+
+    A study runs each of its arms, even equal ones.
+    """
     for folder in reuse:
         if not folder.exists():
             log.info("%s: no results to take, there is no such place", folder)
@@ -167,7 +175,7 @@ def _others(reuse: Sequence[Path], out: Path) -> list[Path]:
 
 
 def _write(study: Study, results: list[dict[str, Any]], out: Path) -> Path:
-    """Write the study's files. Returns the page."""
+    """Write trials.jsonl, study.csv and study.html of a study into `out`. Returns the path of study.html."""
     with FileLock(out / ".write.lock"):  # parts may end at one time
         write_file(out / "trials.jsonl", "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in results))
         write_csv(study, results, out / "study.csv")
@@ -240,7 +248,12 @@ def trials_of(study: Study, data: Path, out: Path, checkpoint: Path | None = Non
 
 
 def _times_of_steps(study: Study, budgets: Mapping[str, dict[str, Any]], data: Path, out: Path) -> dict[str, float]:
-    """Seconds of a step of each arm that spends another arm's time, and of that other arm. Trains on all pairs."""
+    """Seconds of a step, measured, of each arm whose budget is `seconds_of` another arm, and of that other arm.
+
+    The steps train on the whole data set. Empty for a study of a task.
+
+    budgets: budget of each arm.
+    """
     arms = [name for arm, budget in budgets.items() if "seconds_of" in budget for name in (budget["seconds_of"], arm)]
     for arm in arms:
         if study.arms[arm].get("stages"):  # its steps take several times
@@ -251,7 +264,7 @@ def _times_of_steps(study: Study, budgets: Mapping[str, dict[str, Any]], data: P
 
 
 def _stage_data(stage: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """Fingerprints of a stage's training samples and of each split that it is evaluated on."""
+    """Fingerprint of the samples that a stage of fine-tuning (`Study.then`) trains on, and of each evaluated split."""
     data = Path(stage["data"])
     splits = {split: open_dataset(data, split).fingerprint for split in stage.get("splits", ["test"])}
     return open_dataset(data, "train").fingerprint, splits
@@ -277,7 +290,12 @@ def training_data(fraction: float, data: Path, out: Path) -> Path:
 def _steps_and_flops(
     budget: dict[str, Any], config: RunConfig, dataset: Dataset, lengths: dict[tuple[Any, ...], float]
 ) -> tuple[int, float | None]:
-    """Steps of a trial and their FLOPs, None for a task. `lengths` keeps mean caption lengths of each tokenizer."""
+    """Number of steps that a budget buys a trial, and their FLOPs; None as FLOPs of a task.
+
+    Args:
+        budget: {"steps": number} or {"flops": number}.
+        lengths: mean caption length in tokens by the settings that determine the tokenizer; missing ones are added.
+    """
     if not isinstance(config, PretrainConfig):
         return int(budget["steps"]), None
     longest = config.model.text_length
@@ -340,7 +358,7 @@ def run_jobs(words: Sequence[str], part: tuple[int, int], jobs: int) -> None:
 
 
 def _environment(job: int, jobs: int) -> dict[str, str]:
-    """Environment of a process: its threads, or its GPU."""
+    """Environment variables of process `job` of `jobs`: an equal share of the cores as threads, and one of the GPUs."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
     if torch.cuda.is_available():
@@ -351,7 +369,7 @@ def _environment(job: int, jobs: int) -> dict[str, str]:
 
 
 def _relay(job: int, process: "subprocess.Popen[str]") -> None:
-    """Print a process's lines behind its number."""
+    """Print the output of a process line by line, each behind the number of the process."""
     assert process.stdout is not None
     with process.stdout as lines:
         for line in lines:

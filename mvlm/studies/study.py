@@ -29,11 +29,11 @@ _REQUIRED = ("question", "base", "seeds", "measures", "budget", "arms")
 FIGURES = ("tr", "ir", "itc", "itm", "unseen")
 """Names under which the figures of a trial are grouped."""
 OF_ARMS = ("fraction", "against", "budget")
-"""Names in an arm that are no settings of a run."""
+"""Names in an arm of a study's file that are not settings of its runs."""
 OF_ANOTHER = ("flops_of", "seconds_of")
-"""Budgets of an arm that are what another arm spends."""
+"""Kinds of budget of an arm that equal the FLOPs or the time of another arm."""
 _OWN = ("data", "out", "resume", "max_steps", "checkpoint", "task")
-"""Settings that the study itself sets."""
+"""Settings of a run that `mvlm study` sets itself, so that a study's file may not name them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +159,7 @@ def _check(study: Study, file: Path) -> None:
 
 
 def _is_amount(budget: Any) -> bool:
-    """True for {steps = N} or {flops = N}."""
+    """True if a budget in a study's file is {steps = N} or {flops = N}, with N of 1 or more."""
     if not isinstance(budget, dict) or len(budget) != 1 or not budget.keys() <= {"steps", "flops"}:
         return False
     (amount,) = budget.values()
@@ -167,7 +167,7 @@ def _is_amount(budget: Any) -> bool:
 
 
 def _is_of_another(budget: Any, arms: Mapping[str, Any]) -> bool:
-    """True for {flops_of = NAME} or {seconds_of = NAME} of an arm that has an amount."""
+    """True if a budget is {flops_of = NAME} or {seconds_of = NAME}, of an arm whose own budget names no other arm."""
     if not isinstance(budget, dict) or len(budget) != 1 or not budget.keys() <= {*OF_ANOTHER}:
         return False
     (name,) = budget.values()
@@ -175,13 +175,13 @@ def _is_of_another(budget: Any, arms: Mapping[str, Any]) -> bool:
 
 
 def slug(name: str) -> str:
-    """The name of an arm as that of a folder: letters and digits, joined by hyphens."""
+    """Folder name for an arm's name: its letters, digits and dots in lower case, all else as hyphens."""
     words = "".join(c if c.isalnum() or c == "." else " " for c in name).lower().split()
     return "-".join(words)
 
 
 def merged(*tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables of settings as one; later ones win, within nested tables too."""
+    """Merge dicts of settings, nested ones too; values of later ones replace those of earlier ones."""
     found: dict[str, Any] = {}
     for table in tables:
         for name, value in table.items():
@@ -217,7 +217,12 @@ def trial_config(
 
 
 def stage_config(study: Study, name: str, seed: int, checkpoint: Path, out: Path) -> FinetuneConfig:
-    """Configuration of a stage of `then`, for the model of a trial. ConfigError as for `trial_config`."""
+    """Configuration of fine-tuning a trial's model on a task of `Study.then`. ConfigError as for `trial_config`.
+
+    Args:
+        name: key of the task in `Study.then`.
+        checkpoint: model of the trial.
+    """
     stage = study.then[name]
     recipe = finetune_defaults(stage.get("task", name), checkpoint, Path(stage["data"]), out).to_dict()
     own = {key: value for key, value in stage.items() if key not in ("task", "data", "splits")}

@@ -54,7 +54,7 @@ class Stage:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings and data that determine the stage's figures, beside the model."""
+        """Settings and fingerprints of data that, with the model, determine the figures of this fine-tuning."""
         return {"samples": self.samples, "evaluated": self.evaluated, **settings_of(self.config)}
 
 
@@ -81,14 +81,14 @@ class Trial:
     start: str = ""
     """Hash of the pretrained model that a task starts from."""
     files: dict[str, str] = field(default_factory=dict)
-    """Hash of each file and model that the settings name."""
+    """SHA-256 of each file and model that settings name by a path, by the name of the setting."""
     evaluated: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each split that it is evaluated on."""
     then: tuple[Stage, ...] = ()
 
     @property
     def file(self) -> Path:
-        """Result of the finished trial."""
+        """Path of result.json, which the trial has once it is finished."""
         return self.folder / "result.json"
 
     @property
@@ -212,7 +212,14 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
 
 
 def loss_curve(rows: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
-    """Up to `CURVE_POINTS` points of a figure of training steps: the last step of each equal part, and its mean."""
+    """Thin out a metric of training to at most `CURVE_POINTS` points (step, value), for a chart.
+
+    The steps are cut into equal parts; a point is a part's last step and the mean over the part.
+
+    Args:
+        rows: rows of metrics of the run, in order.
+        name: name of the metric.
+    """
     kept = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     size = -(-len(kept) // CURVE_POINTS) or 1
     parts = [kept[i : i + size] for i in range(0, len(kept), size)]
@@ -226,7 +233,10 @@ def remove_checkpoints(trial: Trial) -> None:
 
 
 def _check_begun(trial: Trial) -> None:
-    """Record what a trial begins from. RunError if it has begun from something else."""
+    """Record the hashes of the model and files that a trial starts from, in its folder.
+
+    RunError if an earlier call recorded others, or if the pretrained model has changed since the study was set up.
+    """
     file, wanted = trial.folder / "begun.json", {"start": trial.start, "files": trial.files}
     config = trial.config
     if (begun := read_spec(file)) is None:
@@ -241,7 +251,7 @@ def _check_begun(trial: Trial) -> None:
 
 
 def named_files(config: RunConfig) -> dict[str, str]:
-    """Hash of each model and file that settings name by a path, by the name of the setting."""
+    """SHA-256 of each model and file that settings of a run name by a path, by the name of the setting."""
     start = getattr(config, "initial_model", None)
     hashes = {} if start is None else {"initial_model": load_without_head(start, "cpu").sha256}
     for name in ("image_weights", "text_weights", "tokenizer", "answer_list", "task"):
@@ -255,10 +265,10 @@ def named_files(config: RunConfig) -> dict[str, str]:
 
 
 def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
-    """Result of an equal trial of another study, kept as that of `trial` too; None if there is none.
+    """Find the result of an equal trial in another study, and write it as that of `trial` too; None if there is none.
 
-    Equal are trials in all that decides what they find, the seed included. The names of their arms may differ; one of
-    the same name is taken first.
+    Equal trials have the same seed, data, files and settings that their results depend on. The names of their arms may
+    differ; one of the same name is taken first.
 
     Args:
         study: folder of the other study, as `mvlm study --out` wrote it, or its file `trials.jsonl`, also with gzip.
@@ -273,7 +283,10 @@ def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
 
 
 def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
-    """Results of a study's finished trials with a seed."""
+    """Yield the results of a study's finished trials with one seed. RunError if a file holds no results.
+
+    study: folder of the study, or its file trials.jsonl, also with gzip.
+    """
     files = [study] if study.is_file() else sorted(study.glob(f"trials/*/seed_{seed}/result.json"))
     for file in files:
         try:
@@ -289,9 +302,9 @@ def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """Settings that decide what a trial finds: those of its recipe, with the model's flattened.
+    """Settings of a run on which its results depend, as plain JSON; those of the model are named `model.NAME`.
 
-    A task has its model from its start.
+    Of a task the model's are left out: it has them from the pretrained model.
     """
     decide = config_json(config).items()
     values = {name: value for name, value in decide if name != "checkpoint" and of_recipe(name)}
@@ -302,9 +315,10 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 
 def settings_said(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """Settings of a result. One that did not exist yet when it was made gets its default.
+    """Settings that a trial's result states, brought to this version for comparison with `settings_of(config)`.
 
-    Left out: gone settings at their default, and those of a model in older results of a task, not those of its start.
+    A setting that did not exist when the result was made gets its default. Removed settings are left out if they had
+    their default, as are model settings in older results of a task.
     """
     if isinstance(config, FinetuneConfig):
         settings = {name: value for name, value in settings.items() if not name.startswith("model.")}

@@ -32,11 +32,16 @@ from mvlm_dataloading.files import write_json
 log = logging.getLogger(__name__)
 FILE = "step_times.json"
 WARM, TURNS, STEPS = 20, 8, 5
-"""Steps of each arm before the measurement, turns, and steps of a turn."""
+"""Warm-up steps of each arm, turns that are timed, and steps of a turn; the arms take turns."""
 
 
+<<<<<<< HEAD
 def update_flops(config: PretrainConfig, tokens: float, model: MaskVLMConfig | None = None) -> float:
     """Count the FLOPs of an update: the whole batch forward and backward, and the matrix products of the optimizer.
+=======
+def update_flops(config: PretrainConfig, tokens: float) -> float:
+    """Count the FLOPs of a training step: the whole batch forward and backward, and the optimizer's matrix products.
+>>>>>>> wip-wordsa
 
     Muon multiplies matrices, AdamW does not. Only parameters that the objectives give a gradient are updated.
 
@@ -79,10 +84,10 @@ def _optimizer_flops(config: PretrainConfig) -> int:
 
 
 def step_times(configs: Mapping[str, PretrainConfig], out: Path) -> dict[str, float]:
-    """Seconds of a step of each arm, by name: those of `out`/step_times.json, where arms that it lacks are added.
+    """Seconds of a training step of each arm, read from `out`/step_times.json; missing ones are measured and added.
 
-    Trials are planned with these times, so a time that is in the file is not measured again. An arm that is added is
-    measured in turns with one that is there, and stands in the same proportion to it.
+    Trials are planned with these times, so a time in the file is not measured again. A new arm is measured in turns
+    with one of the file; its time is scaled so that their ratio is the measured one.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = out / FILE
@@ -102,7 +107,7 @@ def step_times(configs: Mapping[str, PretrainConfig], out: Path) -> dict[str, fl
 
 
 def measure_steps(configs: Mapping[str, PretrainConfig]) -> dict[str, float]:
-    """Median seconds of a step of each configuration, in turns in this process.
+    """Measure the median seconds of a training step of each configuration, in turns in this process.
 
     Processor time on a CPU, so that neighbours on the machine do not count; time on the clock on a GPU.
     """

@@ -22,10 +22,14 @@ def task_names() -> tuple[str, ...]:
 
 
 def stated(task: str, name: str) -> dict[str, Any]:
-    """The dict that the class of a task states, as `recipe: ClassVar = {"flip": 0.5}`; empty without one.
+    """Value of a class attribute that a task's file annotates and sets, such as `recipe: ClassVar = {"flip": 0.5}`.
 
-    The file is read and not run, so the dict is a literal; else ConfigError. `task` is the task's name, or its Python
-    file.
+    The file is parsed and not run. Returns an empty dict if no class of it sets the attribute. Raises ConfigError if
+    the dict has values other than literals.
+
+    Args:
+        task: the task's name, or the path of its Python file.
+        name: name of the attribute.
     """
     places = [Path(task)] if task.endswith(".py") else [Path(folder, f"{task}.py") for folder in __path__]
     text = next((file.read_text(encoding="utf-8") for file in places if file.is_file()), "")

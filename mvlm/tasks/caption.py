@@ -30,13 +30,13 @@ from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 from mvlm_dataloading.dataset.dataset import first_samples, image_name
 
 OTHER_TASKS = ("question_id", "pairID", "identifier")
-"""Fields of metadata by which a sample is a question of another task."""
+"""Fields of a sample's metadata that only data of other tasks have: VQA, visual entailment and NLVR2."""
 
 
 def references(dataset: Dataset) -> list[list[str]]:
-    """All captions of each sample's image, those of other samples with its `image_id` too.
+    """Reference captions of each sample, in order: all captions of its image, over all samples with its `image_id`.
 
-    DataError for a question of another task.
+    DataError for a sample of another task.
     """
     lists, named = [], {}
     for i in range(len(dataset)):
@@ -56,9 +56,12 @@ def references(dataset: Dataset) -> list[list[str]]:
 def captions_of_images(
     records: Sequence[dict[str, Any]], dataset: Dataset
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The caption of each image in the records of a split, and the image's references, by its first sample's number.
+    """Two dicts over the images of a split: the caption that a model wrote, and the reference captions.
 
-    An image whose captions have a row each is written about once a row, and counts once.
+    Their key is the number, as text, of the image's first sample. If several samples share an image, the caption that
+    was written for the first of them counts.
+
+    records: {"caption"} of each sample, in order.
     """
     texts = references(dataset)
     kept = dict.fromkeys(first_samples(dataset.metadata(i) for i in range(len(dataset))))
@@ -66,7 +69,7 @@ def captions_of_images(
 
 
 class Captioning(Task):
-    """Captions of images, by the pretrained text decoder and a predictor of lengths."""
+    """Captioning of images: fills in [MASK]s by the pretrained model, after a new linear layer predicts the length."""
 
     name = "caption"
     bootstrapped_over = "images"
@@ -112,7 +115,7 @@ class Captioning(Task):
         return {"masking": replace(self.config.masking, text_mask_ratio=None, whole_word_masking=False)}
 
     def seen(self, images: Tensor) -> Tensor:
-        """The images, or grey ones where the options hide them."""
+        """The images (B, 3, S, S), or uniform grey ones if the option `blind` hides images from the model."""
         return torch.full_like(images, GREY) if self.options.blind == "image" else images
 
     def losses_of_step(
@@ -180,7 +183,7 @@ class Captioning(Task):
 
 
 class Writer:
-    """R captions in the making, of fixed lengths.
+    """Writes R captions of given lengths by mask-predict: [MASK]s are filled in, and the least sure words again.
 
     Args:
         v: features of B images (B, 1+N, C).
@@ -209,7 +212,7 @@ class Writer:
         self.log_p = at_least_float32(v.new_zeros(self.exists.shape))
 
     def write(self, iterations: int) -> None:
-        """Decide all words by mask-predict, in `iterations` passes."""
+        """Set all words, in at most `iterations` passes. Every pass but the first predicts fewer words again."""
         self.predict(self.exists)
         for done in range(1, iterations):
             again = self.lengths * (iterations - done) // iterations  # (R,), words to choose again
@@ -222,7 +225,10 @@ class Writer:
             self.predict(chosen)
 
     def predict(self, chosen: Tensor) -> None:
-        """Set the words chosen bool (R, W), which are masked, to the likeliest ones. No word is a special token."""
+        """Replace [MASK]s by their likeliest tokens other than special ones, and keep the log-probabilities.
+
+        chosen: bool (R, W), True = a [MASK] to replace.
+        """
         x = self.implementation.fuse_tokens(self.model, self.cache, self._encode(), images=self.of)  # (T, C)
         rows = F.pad(chosen, (1, 1))[self._tokens()[1]]  # (T,), True = a chosen word
         logits = at_least_float32(self.model.language_head(x[rows]))
@@ -250,7 +256,7 @@ class Writer:
         return tokens, torch.arange(tokens.shape[1], device=tokens.device) < self.lengths[:, None] + 2
 
     def _encode(self) -> PackedText:
-        """Features of the captions as they are."""
+        """Text encoder's features of the captions, with [MASK] for the words that are not decided yet."""
         tokens, kept = self._tokens()
         bounds = F.pad((self.lengths + 2).cumsum(0), (1, 0)).int()
         return self.implementation.encode_tokens(self.model, tokens[kept], bounds, tokens.shape[1])

@@ -30,9 +30,10 @@ from mvlm_kernels.hardware import GPUS
 
 
 def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
-    """Count one rank's step of a task by the fast implementation, of one microbatch; of retrieval, of all.
+    """Memory and FLOPs of a rank's forward and backward pass in fine-tuning, without running it.
 
-    ConfigError for an unknown task, or one that gives no example to plan with.
+    They are of one microbatch; of all microbatches of a step for a task whose loss contrasts the whole batch
+    (retrieval). ConfigError for an unknown task, or one without `Task.example`.
     """
     kind, config, shape = find_task(task), setting.model, setting.shape
     if kind.whole_batch:

@@ -33,7 +33,7 @@ class Entailment(LabelTask):
 
     @classmethod
     def score(cls, records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
-        """Accuracy with its 95 % interval over images, recall of each label, and confusion."""
+        """Accuracy with its 95 % interval, bootstrapped over images, recall of each label, and confusion matrix."""
         truth = cls.labelled(dataset)
         images = [image_name(record) or str(i) for i, record in enumerate(truth)]
         predicted, wanted = ([record["label"] for record in each] for each in (records, truth))

@@ -26,12 +26,16 @@ def evaluate_task(
     precision: str = "auto",
     **changes: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures of a fine-tuned run on a split, and its records. `kind` and `changes` are those of `load_task`.
+    """Evaluate a fine-tuned run on a split: (scores and what they depend on, prediction of each sample in order).
 
-    Retrieval ranks the whole split and has no records; `mvlm eval retrieval` says more about it.
+    Retrieval ranks the whole split and has no predictions; `mvlm eval retrieval` says more about it.
 
-    Before anything is predicted: DataError for a split that the task cannot score, and RunError, on rank 0 alone, if
-    ranks have different models, options or data, or compute differently.
+    Args:
+        kind: the run's task, if it is the user's own.
+        changes: options to change, of those that say how predictions are made.
+
+    Raises, before anything is predicted: DataError for a split that the task cannot score, and RunError, on rank 0
+    alone, if ranks have different models, options or data, or compute differently.
     """
 
     def prepare() -> tuple[Task, Tokenizer, Dataset]:

@@ -59,7 +59,7 @@ def finetune(config: FinetuneConfig, say_next: bool = True) -> str | None:
 
 
 class FineTuner(Trainer):
-    """One rank of a fine-tuning run."""
+    """Training loop of one rank of a fine-tuning run: a `Trainer` whose model is a `Task`."""
 
     model: Task
 
@@ -85,11 +85,11 @@ class FineTuner(Trainer):
         return self.model.backward(self.parallel, microbatches, self.targets, self.world, self.config, step)
 
     def after_update(self) -> dict[str, Tensor]:
-        """Clamp the temperature if the task trains it, and return it as a further metric of the step."""
+        """Clamp ITC's temperature after an optimizer step, and return it to be logged; {} if it is not trained."""
         return super().after_update() if self.model.log_scale.requires_grad else {}
 
     def extra_state(self) -> dict[str, Any]:
-        """Description of the task, and the hash of its file if it has one, for a checkpoint's state.json."""
+        """Name, options and state of the task for a checkpoint's state.json, and the hash of its file if the user's."""
         return {"task": self.model.describe()} | ({"task_file": self.task_file} if self.task_file else {})
 
     def restore(self, checkpoint: Path) -> None:
@@ -113,7 +113,7 @@ class FineTuner(Trainer):
         super().restore(checkpoint)
 
     def figures(self, validation: Dataset, sinks: LogSinks | None) -> tuple[dict[str, float], float]:
-        """The task's main figure on the validation split; none, and NaN, if a rank is to stop."""
+        """Evaluate on a validation split: ({"val_NAME": main figure}, main figure); ({}, NaN) if a rank is to stop."""
         task = unsharded_copy(self.model, self.new_task).eval()
         found = {}  # stays empty if a rank is to stop
         with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
@@ -134,7 +134,7 @@ class FineTuner(Trainer):
 
 
 def open_inputs(config: FinetuneConfig, world: World) -> RunInputs:
-    """Open the data and read the model's architecture, and check both before there is a folder. All ranks call it."""
+    """Open the data and read the model's architecture; check both before a run folder is made. All ranks call it."""
     return run_on_all_ranks(world, lambda: _checked_inputs(config))
 
 
@@ -195,7 +195,10 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
 
 
 def starting_network(config: FinetuneConfig) -> MaskVLM:
-    """The pretrained network for images and texts of the run's sizes, or one with random weights."""
+    """Network from which fine-tuning starts, with position embeddings for the run's image size and text length.
+
+    Its weights are the pretrained ones, or random if the configuration says so.
+    """
     pretrained = load_without_head(config.checkpoint).network
     if config.random_weights:  # these are drawn behind those of the network that was loaded, as ever
         log.info("%s: only its architecture and tokenizer are used; weights are random", config.checkpoint)
@@ -234,7 +237,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
 
 
 def untrained_figures(config: FinetuneConfig, few: Dataset) -> dict[str, Any]:
-    """Figures that an evaluation of the task will have, of random weights on a few samples of a split."""
+    """Evaluate the task with random weights on a few samples, to know the names of its figures before training."""
     inputs, kind = _checked_inputs(config), find_task(config.task)
     task = kind(MaskVLM(inputs.config.model), config.options, kind.make_state(inputs.dataset, config.options)).eval()
     task.set_tokenizer(inputs.tokenizer)
@@ -242,7 +245,7 @@ def untrained_figures(config: FinetuneConfig, few: Dataset) -> dict[str, Any]:
 
 
 def peak_rate(name: str, config: FinetuneConfig) -> float:
-    """Peak learning rate of the task's parameter with this name."""
+    """Peak learning rate of a task's parameter `name`: that of encoders, of other pretrained parts, or of the head."""
     if name.startswith(("model.image_encoder.", "model.text_encoder.")):
         return config.lr_encoder
     return config.lr_cross if name.startswith("model.") else config.lr_head

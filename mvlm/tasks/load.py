@@ -33,9 +33,12 @@ log = logging.getLogger(__name__)
 
 
 def find_task(name: str) -> type[Task]:
-    """The task of this name, or the one subclass of `Task` that a Python file of the user's defines, which is run.
+    """Class of a task.
 
-    ConfigError for an unknown name, or a file without one task.
+    name: name of a task of the library, or path of a Python file of the user's that defines one subclass of `Task`. The
+        file is run.
+
+    ConfigError for an unknown name, or a file that does not define exactly one task.
     """
     if name.endswith(".py"):
         module = run_file(Path(name))
@@ -52,10 +55,10 @@ def find_task(name: str) -> type[Task]:
 
 
 def described_task(checkpoint: Path) -> dict[str, Any] | None:
-    """The `Task.describe` of a verified checkpoint, or None in one of pretraining.
+    """Name, options and state of the task in a verified checkpoint (`Task.describe`); None if it is of pretraining.
 
-    Options that are gone are left out if they had their default, and newer ones have it. ConfigError for an option that
-    is gone at another value.
+    An option that this version no longer has is left out if it had its default, else ConfigError. One that the
+    checkpoint does not have gets its default.
     """
     described = read_state(checkpoint).get("task")
     if described is None:
@@ -90,7 +93,10 @@ def load_task(
 def _read_task(
     folder: Path, described: dict[str, Any], device: torch.device | str, kind: type[Task] | None, **changes: Any
 ) -> tuple[Task, Tokenizer]:
-    """The task of a verified checkpoint that has this `described_task`, and its tokenizer."""
+    """Load the task of a verified checkpoint, in eval mode on `device`, and its tokenizer.
+
+    described: name, options and state of the task, from `described_task`.
+    """
     wanted = (kind.name,) if kind else task_names()
     if described["name"] not in wanted:
         raise RunError(

@@ -58,7 +58,7 @@ class Pairs(LabelTask):
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor]]:
-        """NLVR2's two images a statement, and targets of some statements."""
+        """State and targets for a cost estimate of so many statements, each about two images, as in NLVR2."""
         state, targets = super().example(samples)
         return state | {"images": 2}, targets
 
@@ -67,7 +67,11 @@ class Pairs(LabelTask):
 
     @classmethod
     def score(cls, records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
-        """Accuracy with its 95 % interval over sets of images, consistency, and the share of the majority's label."""
+        """Accuracy with its 95 % interval, bootstrapped over sets of images, consistency, and the `majority` baseline.
+
+        Consistency is the share of sentences that are judged right on all their image pairs; the baseline gives every
+        statement the more frequent label.
+        """
         truth = cls.labelled(dataset)
         wanted = {r["identifier"]: r["label"] == "true" for r in truth}
         predicted = {t["identifier"]: r["label"] == "true" for t, r in zip(truth, records, strict=True)}

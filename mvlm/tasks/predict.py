@@ -20,7 +20,7 @@ FORMATS = (".json", ".jsonl", ".parquet")
 
 
 class Question(NamedTuple):
-    """Images of a sample, and its text; None where the task reads images alone."""
+    """Input of one prediction: files of its images, one or more, and its text; None for a task without texts."""
 
     images: tuple[Path, ...]
     text: str | None
@@ -33,7 +33,7 @@ def questions_of(
     image_column: str = "image",
     text_column: str = "text",
 ) -> Iterator[Question]:
-    """The samples that files, folders and tables name, each with its text or with each of `texts`.
+    """Yield the inputs of predictions: images that files, folders and tables name, with their text or each of `texts`.
 
     Args:
         inputs: image files, folders of images, or tables whose rows have an image, relative to the table, and a text.
@@ -79,7 +79,10 @@ def questions_of(
 
 
 def predicted(model: TrainedModel, questions: Iterator[Question]) -> Iterator[dict[str, Any]]:
-    """A row {"image", "text", **prediction} for each question. Of an image that cannot be used, a row with `error`."""
+    """Yield a row {"image", "text", **prediction} for each question, in order.
+
+    A question whose image cannot be read gets {"image", "text", "error"} in its place.
+    """
     while chunk := list(islice(questions, BATCH)):
         try:
             yield from _rows(model, chunk)
@@ -106,7 +109,7 @@ def _named(question: Question) -> dict[str, Any]:
 
 
 def write_rows(rows: list[dict[str, Any]], out: Path) -> None:
-    """Write rows as a JSON list, as JSON lines or as Parquet, by the name of the file."""
+    """Write rows to a file: Parquet if its name ends in .parquet, a JSON list if in .json, else JSON lines."""
     if out.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet

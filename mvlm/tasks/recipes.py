@@ -12,11 +12,11 @@ FINETUNE_RECIPES = ("tiny", "base")
 
 
 def finetune_defaults(task: str, checkpoint: Path, data: Path, out: Path, recipe: str = "tiny") -> FinetuneConfig:
-    """Make a recipe of a task, for a pretrained model, shards in `data` and a run folder `out`.
+    """Configuration of fine-tuning by a recipe, for a pretrained model, shards in `data` and a run folder `out`.
 
-    A task's file states the settings of `base` that are its own. Steps are passes over the published training split in
-    batches of 256; the paper is silent, so the passes are ALBEF's. Flips are off where texts say left and right.
-    RandAugment is off, because ALBEF leaves its colour operations out.
+    In the recipe `base`, settings that differ between tasks come from `Task.recipe`. Its steps make ALBEF's number of
+    passes over the published training split in batches of 256, as the paper gives none. Flips are off where texts say
+    left and right. RandAugment is off, because ALBEF leaves its colour operations out.
 
     ConfigError for an unknown recipe.
     """

@@ -37,7 +37,10 @@ OF_OTHER_TASKS = {"question_id": "vqa", "pairID": "entailment", "identifier": "p
 
 @dataclass(frozen=True)
 class _Network:
-    """The network of a task, called through the task's own `Parallel`."""
+    """Stands for the data-parallel pretraining network that `backward_global` wants, and calls that inside a task.
+
+    task: the data-parallel wrapper of the whole task.
+    """
 
     task: Parallel
 
@@ -114,7 +117,10 @@ class Retrieval(Task):
     def evaluate(
         self, dataset: Dataset, precision: str, implementation: Implementation, workspace: Workspace
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Recall on a split, re-ranked by ITC and ITM together; `mean_r1` is the mean of both directions. No records.
+        """Recall at k on a split in per cent, after re-ranking by ITC and ITM together, and an empty list.
+
+        The best `rerank` candidates of ITC are re-ranked. `tr_` is image to text, `ir_` text to image, and `mean_r1`
+        the mean of both R@1. The list is that of predictions in other tasks.
 
         EvaluationStopped if the workspace asks for an early end.
         """

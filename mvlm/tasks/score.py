@@ -29,12 +29,15 @@ from mvlm_dataloading.files import write_file
 Value = TypeVar("Value")
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
 FLICKR_IDS = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")
-"""Names of the image's field in the releases of SNLI-VE."""
+"""Field of a SNLI-VE record that names its Flickr30k image; releases spell it in these three ways."""
 
 
 @contextmanager
 def _reading(path: Path, wanted: str) -> Iterator[None]:
-    """Context that reads a file. RunError, which says what was `wanted`, if it cannot be read."""
+    """Context in which a file is read: its OSError and DataError become a RunError of one line.
+
+    wanted: the expected content in words, for the message.
+    """
     try:
         yield
     except DataError as error:
@@ -83,9 +86,9 @@ def read_csv(path: Path, fields: int, wanted: str) -> list[list[str]]:
 def by_id(
     path: Path, records: Iterable[Mapping[str, Any]], name: str, value: Callable[[Mapping[str, Any]], Value]
 ) -> dict[str, Value]:
-    """`value` of each record by the string of its field `name`.
+    """Dict from each record's id, its field `name` as text, to `value(record)`.
 
-    RunError if a record lacks a field, an id occurs twice, or there is no record.
+    RunError, which names the file `path`, if a record lacks a field, an id occurs twice, or there is no record.
     """
     values: dict[str, Value] = {}
     for number, record in enumerate(records, 1):
@@ -122,7 +125,10 @@ def filled(record: Mapping[str, Any], name: str) -> Any:
 
 
 def listed(path: Path, document: Any, name: str, wanted: str) -> list[Any]:
-    """The list `name` of a JSON object, empty without one. RunError, which says what was `wanted`, for no list."""
+    """The list under the key `name` of a JSON object; empty if there is no such key or the document is no object.
+
+    RunError, with `wanted` as the expected content and `path` as the place, if the value is no list.
+    """
     found = document.get(name) if isinstance(document, dict) else None
     if not isinstance(found, list | None):
         raise RunError(f"{path}: wanted {wanted}, found {type(found).__name__} in {name}")
@@ -158,7 +164,7 @@ def _list(document: Any) -> list[Any]:
 
 
 def _answers(record: Mapping[str, Any]) -> list[Any]:
-    """The answers of a question, each an object with a text."""
+    """Annotators' answers of a VQA question. ValueError if one is no object with a text, or two are equal."""
     answers = filled(record, "answers")
     if fault := answer_fault(answers):
         raise ValueError(fault)
@@ -216,7 +222,15 @@ def _caption(predictions: Path, references: Path) -> Scored:
 
 
 def _scenes(references: Path, images: list[Any], wanted: dict[str, list[str]]) -> dict[str, Any]:
-    """The scenes of the images, if the annotations of composed scenes have them."""
+    """Scene {size, objects} of each image id; empty unless the annotations are of composed images.
+
+    RunError if some images with captions have a scene and others have none.
+
+    Args:
+        references: file of the annotations, for the message.
+        images: rows `images` of the annotations.
+        wanted: reference captions of each image id.
+    """
     rows = [row for row in images if isinstance(row, dict) and is_scene(row.get("scene"))]
     scenes = by_id(references, rows, "id", lambda r: r["scene"]) if rows else {}
     if scenes and scenes.keys() != wanted.keys():
@@ -265,11 +279,11 @@ def score(task: str, predictions: Path, references: Path, other: Path | None = N
 WRITTEN = ("vqa", "entailment", "pairs", "caption")
 """Tasks whose predictions are written in the format of a benchmark. Those of others are JSON lines {id, ...}."""
 FIELDS = {"vqa": {"question_id", "answer"}, "entailment": {"pairID", "label"}, "caption": {"image_id", "caption"}}
-"""Fields of a prediction that is a JSON object."""
+"""Fields of a prediction in the files of tasks that write predictions as JSON objects."""
 
 
 def are_predictions(task: str, content: bytes) -> bool:
-    """True for the content of a file of predictions of a task, as `write_predictions` writes it."""
+    """True if a file's bytes are predictions of a task in the format of `write_predictions`."""
     try:
         text = content.decode()
         if task == "pairs":
@@ -320,7 +334,10 @@ def write_predictions(
 
 
 def _published_id(sample: Mapping[str, Any], number: int) -> Any:
-    """The id of a sample's image in its benchmark. That of COCO's images is "coco NUMBER" in our data sets."""
+    """Id of a sample's image in its benchmark: `image_id`, its number alone for COCO ("coco 42" becomes 42).
+
+    number: the sample's number, which is the id of an image without `image_id`.
+    """
     if (name := image_name(sample)) is None:
         return number
     coco = name.removeprefix("coco ")

@@ -34,7 +34,7 @@ from mvlm.objectives.losses import Losses
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 
 GREY = 128
-"""Pixel value of the uniform image that a model without the image gets."""
+"""Value, of 0..255, of all pixels of the image that a model sees in place of a hidden one (`blind image`)."""
 
 
 class TaskLosses(NamedTuple):
@@ -48,24 +48,26 @@ class TaskLosses(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Prediction for a sample, and how good it is: what a report needs to show it as right or wrong."""
+    """Prediction for a sample with its score, as a report's page of right and wrong examples shows it."""
 
     sample: int
     text: str
     """The question, hypothesis or statement; empty for a caption."""
     predicted: str
     wanted: str
-    """Right answers, as the page shows them."""
+    """The right answer or answers, as the report shows them."""
     score: float
-    """Share of the main figure, in per cent: their mean over the split is the figure."""
+    """Score of this sample in per cent. The mean over all verdicts of a split is the task's main figure."""
     right: bool | None
-    """None for an answer that is neither: one that too few annotators gave."""
+    """True if the prediction counts as right; None if it is partly right, such as an answer of too few annotators."""
     label: str = ""
-    """The one right answer, where there are labels to confuse."""
+    """The right label, for a confusion matrix; empty for a task without labels."""
 
 
 class Task(nn.Module):
-    """A pretrained model with a head. Subclasses define `name`, `main`, and what raises NotImplementedError.
+    """A pretrained model with a head for a downstream task, its loss, its predictions and their score.
+
+    A subclass defines `name`, `main`, and the methods that raise NotImplementedError here.
 
     Args:
         model: the pretrained model; its parameters are those of the task.
@@ -79,23 +81,26 @@ class Task(nn.Module):
     main: ClassVar[str]
     """Figure by which models are compared and selected; higher is better."""
     bootstrapped_over: ClassVar[str] = ""
-    """Plural noun of the units that the intervals of `score` are bootstrapped over, such as images, for its figures."""
+    """Plural noun of the units over which the intervals of `score` are bootstrapped, such as "images"; for results."""
     recipe: ClassVar[dict[str, Any]] = {}
-    """Settings of `mvlm finetune TASK base` that are the task's own, a literal (`mvlm.tasks.stated`)."""
+    """Settings of the recipe `base` that the task sets otherwise: fields of `FinetuneConfig` to values.
+
+    It is a literal, because it is read without running the file (`mvlm.tasks.stated`).
+    """
     prediction_options: ClassVar[dict[str, str]] = {}
-    """Options that say how predictions are made, which `mvlm eval` may change, and its help on them; a literal too."""
+    """Options that change how predictions are made, with their help: `mvlm eval` has flags for them. A literal too."""
     whole_batch: ClassVar[bool] = False
     """True if the loss contrasts all pairs of the global batch. The task then has a `backward` and an `evaluate` of its
     own, and no `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
     reads_texts: ClassVar[bool] = True
     """False if it predicts from the image alone."""
     shares: ClassVar[bool] = False
-    """True if the task takes batches that have each image and each text once, as `fuse` does (`Batch.image_of`)."""
+    """True if the task takes batches that hold an image or text of several samples once (`Batch.image_of`)."""
     unused: ClassVar[tuple[str, ...]] = (
         "image_encoder.mask_token", "image_decoder", "pixel_head", "language_head", "image_projection",
         "text_projection", "log_scale", "matching_head",
     )  # fmt: skip
-    """Parts of the model that the task does not use. They stay as they are."""
+    """Submodules and parameters of the model that the task does not use, by dotted name. They are not trained."""
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
         super().__init__()
@@ -110,19 +115,22 @@ class Task(nn.Module):
             encoder.layers[-1].self_attention.key.bias.requires_grad_(False)
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Set the model's tokenizer. The loop does it before the first loss, `load_task` before a prediction."""
+        """Set the model's tokenizer. It is called before the first loss or prediction."""
         self.tokenizer = tokenizer
 
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
-        """State of a task to be trained on `train`. DataError if its samples are not questions of this task."""
+        """Everything beside weights and options that predictions depend on, such as a list of answers, as plain JSON.
+
+        DataError if the samples of the training split are not questions of this task.
+        """
         raise NotImplementedError
 
     @classmethod
     def check_references(cls, validation: Dataset, state: dict[str, Any]) -> None:
-        """Raise DataError for a split that the task of this `state` cannot score, before it trains.
+        """Raise DataError, before training, for a validation split that the task cannot score. Optional.
 
-        A task of the user's need not.
+        state: made by `make_state` from the training split.
         """
 
     @classmethod
@@ -144,21 +152,24 @@ class Task(nn.Module):
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], Sequence[Tensor]]:
-        """A state, and targets of some samples, in the sizes of the published data set: for `mvlm plan --task`.
+        """State and targets of `samples` invented samples, in the published data set's sizes, for `mvlm plan --task`.
 
-        ConfigError from a task that has none.
+        ConfigError from a task that defines none.
         """
         raise ConfigError(f"task: wanted one with an example to plan with, got {cls.name}; define its `example`")
 
     def targets(self, dataset: Dataset) -> Sequence[Tensor]:
-        """Targets of all samples of a split, for `losses`: tensors whose first dimension is the samples.
+        """Targets of all samples of a split, for `losses`: tensors (samples, ...).
 
-        None if a batch has all that the loss needs.
+        Empty if a batch has all that the loss needs.
         """
         return ()
 
     def loader_options(self) -> dict[str, Any]:
-        """Arguments of the task's loaders beside those of every loader; `strip` is one of their `Augment`."""
+        """Keyword arguments by which the task's data loaders differ from those of pretraining.
+
+        `strip`, the number of images side by side in a sample's image, is passed on to `Augment`.
+        """
         return {}
 
     def backward(
@@ -175,8 +186,8 @@ class Task(nn.Module):
         The losses have no gradient. Their `accuracy` is NaN if nothing was judged.
 
         Args:
-            targets: those of the whole training split, on the device.
-            step: number of the update.
+            targets: `targets` of the whole training split, on the device.
+            step: number of the optimizer step.
         """
         number, implementation = len(microbatches), IMPLEMENTATIONS[config.plan]
         shares = []
@@ -200,7 +211,10 @@ class Task(nn.Module):
     def losses_of_step(
         self, batch: Batch, masks: Masks, targets: Sequence[Tensor], implementation: Implementation
     ) -> TaskLosses:
-        """Loss and accuracy of a training batch. Only a task that reads the loader's masks defines it."""
+        """Loss and accuracy of a training batch with the loader's random masks, which `losses` does not get.
+
+        A subclass overrides it only if its loss depends on the masks.
+        """
         return self.losses(batch, targets, implementation)
 
     def losses(self, batch: Batch, targets: Sequence[Tensor], implementation: Implementation) -> TaskLosses:
@@ -208,16 +222,16 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def predict(self, batch: Batch, implementation: Implementation) -> list[dict[str, Any]]:
-        """Prediction for each sample of a batch: fields of its record, but for its id."""
+        """Prediction for each sample of a batch, as a dict of plain values such as {"answer": "red"}."""
         raise NotImplementedError
 
     @torch.no_grad()
     def evaluate(
         self, dataset: Dataset, precision: str, implementation: Implementation, workspace: Workspace
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Figures of a split, and the records of its samples in order, on every rank: `sample`, its number, and more.
+        """Evaluate a split: (figures, {"sample": number, **prediction} of each sample in order), equal on every rank.
 
-        Each rank predicts a part of the split, in the batches that one rank would make. The task is in eval mode.
+        Each rank predicts a part of the split, in the batches that one rank would make. The task must be in eval mode.
         EvaluationStopped if the workspace asks for an early end.
         """
         options = {"per_image": 1 if self.shares else None, **self.loader_options()}
@@ -239,15 +253,21 @@ class Task(nn.Module):
 
     @classmethod
     def score(cls, records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
-        """Figures of the records of a split, `{"sample": id, **prediction}`, one for each sample, in order.
+        """Figures of the predictions for a split.
 
-        An interval is `NAME_95`. `majority` is the baseline: the main figure of the most frequent right answer alone.
+        A 95 % interval has the key `NAME_95`. `majority` is a baseline: the main figure if every prediction were the
+        most frequent right answer.
+
+        records: {"sample": number, **prediction} of each sample, in order.
         """
         raise NotImplementedError
 
     @classmethod
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict] | None:
-        """A verdict for each record of a split, in order; None from a task whose report has no examples."""
+        """Right or wrong, for each prediction of a split, in order; None if reports show no examples of the task.
+
+        records: {"sample": number, **prediction} of each sample, in order.
+        """
         return None
 
     @property
@@ -261,18 +281,18 @@ class Task(nn.Module):
         return self.model.log_scale
 
     def clamp_temperature(self) -> None:
-        """Clamp the model's temperature, as after every update."""
+        """Clamp the temperature of the model's contrastive loss to its range, after an optimizer step."""
         self.model.clamp_temperature()
 
     def describe(self) -> dict[str, Any]:
-        """Name, options and state, plain JSON: what a checkpoint needs beside the tensors."""
+        """Name, options and state of the task as plain JSON, from which a checkpoint's task is made again."""
         return {"name": self.name, "options": self.options.plain(), "state": self.state}
 
     def hide(self, batch: Batch) -> Batch:
-        """Batch without the modality that the options hide. Equal images or texts stand in it once.
+        """Replace the modality that the option `blind` hides: images by a grey one, or all words of texts by [MASK].
 
-        These are one grey image, or one text of each length, [MASK] for every word: a caption's number of tokens stays
-        visible. Nothing is read from the device.
+        The grey image stands in the batch once, and so does each length of masked text; a text's number of tokens
+        stays visible. The host never waits for the GPU.
         """
         if self.options.blind == "no":
             return batch
@@ -292,7 +312,7 @@ class Task(nn.Module):
         return replace(batch, tokens=tokens, cu_seqlens=bounds, caption_of=number - 2)
 
     def fuse(self, batch: Batch, implementation: Implementation, images: int = 1) -> Tensor:
-        """Features (B, n 3 C) of a batch with strips of n `images`: those of each image with the text, in order.
+        """Features (B, n 3 C) of B samples with n `images` side by side: those of each image with the text, in order.
 
         The features of an image are [CLS] of both cross-modality encoders, image and text, and their product. An image
         or text that several samples share is encoded once.
@@ -306,7 +326,7 @@ class Task(nn.Module):
         return self._fuse(batch, implementation, images)
 
     def _fuse(self, batch: Batch, implementation: Implementation, images: int) -> Tensor:
-        """Features as of `fuse`, of a batch that `hide` has prepared."""
+        """Features (B, n 3 C) of `fuse`, of a batch in which `hide` has hidden a modality if it was to."""
         pixels = batch.images.unflatten(3, (images, -1)).movedim(3, 1).flatten(0, 1)  # (I n, 3, S, S)
         v, text = implementation.encode_unmasked(self.model, replace(batch, images=pixels))
         strips, texts = batch.pairs()  # (B,) each
@@ -341,7 +361,10 @@ class AnswerHead(nn.Module):
 
 
 class LabelTask(Task):
-    """Choice of one of a few labels, by a classifier on fused features. It wants `labels`, `labelled` and `score`."""
+    """Task that chooses one of a few labels, by a classifier on features of image and text together.
+
+    A subclass defines `labels`, `labelled` and `score`.
+    """
 
     main = "accuracy"
     shares = True
@@ -358,7 +381,7 @@ class LabelTask(Task):
 
     @classmethod
     def labelled(cls, dataset: Dataset, images: int | None = None, repeated: bool = False) -> list[dict[str, Any]]:
-        """Metadata of all samples, with a `label`. DataError for a sample of another task.
+        """Metadata of all samples of a split, each with its right answer in `label`. DataError for one of another task.
 
         Args:
             images: wanted number of images of a sample; None for that of the first sample.
@@ -374,7 +397,7 @@ class LabelTask(Task):
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor]]:
-        """The labels, and targets of some samples."""
+        """State and targets of `samples` invented samples, for an estimate of costs."""
         return {"labels": list(cls.labels)}, (torch.zeros(samples, dtype=torch.int64),)
 
     @classmethod
@@ -382,7 +405,7 @@ class LabelTask(Task):
         cls.labelled(validation, state.get("images"))
 
     def targets(self, dataset: Dataset) -> tuple[Tensor]:
-        """Number of the label of each sample, int64 (samples,)."""
+        """Index in `labels` of the right label of each sample, int64 (samples,)."""
         records = self.labelled(dataset, self.images, repeated=True)
         return (torch.tensor([self.labels.index(record["label"]) for record in records]),)
 

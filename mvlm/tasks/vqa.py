@@ -80,7 +80,12 @@ def questions(dataset: Dataset, may_lack_answers: bool = False, repeated: bool =
 
 
 def mean_targets(records: list[dict[str, Any]], answers: list[str]) -> list[float]:
-    """Mean soft target of each answer over n questions, at most 1 - 1 / 2n. Each answer must occur at least once."""
+    """Mean over n questions of each answer's soft target, at most 1 - 1 / 2n so that its logit is finite.
+
+    Args:
+        records: metadata of the questions, with `answers`.
+        answers: each must be given to at least one question.
+    """
     sums: dict[str, float] = dict.fromkeys(answers, 0.0)
     for record in records:
         for answer, target in soft_targets(record["answers"]).items():
@@ -101,7 +106,10 @@ def main_answer(record: dict[str, Any]) -> str:
 
 
 class AnswerTable(nn.Module):
-    """Tokens of a list of answers, (answers, A) each words [SEP] and padding. Nothing of it is saved."""
+    """Tokens int64 (answers, A) of a list of answers, each its words, [SEP] and padding, and their lengths (answers,).
+
+    A is the length of the longest answer, [SEP] included. The buffers are not in a state dict.
+    """
 
     def __init__(self, answers: Sequence[str], tokenizer: Tokenizer, text_length: int) -> None:
         super().__init__()
@@ -115,12 +123,12 @@ class AnswerTable(nn.Module):
 
     @property
     def masks(self) -> int:
-        """Tokens of the longest answer, its [SEP] included: places for any answer of the list."""
+        """Number A of [MASK]s that have room for any answer of the list: tokens of the longest, [SEP] included."""
         return self.tokens.shape[1]
 
 
 def with_masks(batch: Batch, number: int, mask_token_id: int) -> Batch:
-    """The batch with `number` [MASK]s in each text, behind its [CLS]."""
+    """Copy of a batch of packed texts with `number` [MASK]s inserted into each text, behind its [CLS]."""
     bounds = batch.cu_seqlens.long()  # (U+1,)
     added = number * torch.arange(len(bounds), device=bounds.device)
     row = torch.arange(len(batch.tokens), device=bounds.device)
@@ -169,9 +177,10 @@ def answers_loss(
 
     Args:
         x: features of the [MASK]s (B, A, C).
-        answers: numbers of the answers in the table, int64 (R,).
-        of: sample of each answer, int64 (R,).
-        weights: (R,).
+        table: tokens of all answers.
+        answers: index in the table of each answer, int64 (R,).
+        of: index of each answer's sample in the batch, int64 (R,).
+        weights: factor of each answer's loss (R,).
     """
     there = torch.arange(table.masks, device=x.device) < table.lengths[answers][:, None]  # (R, A)
     answer, place = there.nonzero(as_tuple=True)  # (Q,) each
@@ -199,7 +208,7 @@ def likeliest(model: MaskVLM, x: Tensor, table: AnswerTable) -> Tensor:
 
 
 class VisualQuestionAnswering(Task):
-    """Answers to questions about images, in one of two forms: classifier, masked."""
+    """Visual question answering: chooses from a list of answers by a classifier, or by filling in [MASK]s."""
 
     name = "vqa"
     bootstrapped_over = "images"
@@ -232,7 +241,7 @@ class VisualQuestionAnswering(Task):
 
     @classmethod
     def has_head(cls, options: TaskOptions) -> bool:
-        """True for the classifier: the language head predicts masked answers."""
+        """True for the classifier, which is new. Masked answers are predicted by the pretrained language head."""
         return options.answers == "classifier"
 
     @classmethod
@@ -261,10 +270,10 @@ class VisualQuestionAnswering(Task):
 
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
-        """The list of answers, `answers`.
+        """The list of answers that can be predicted, `answers`; and, for a classifier, `means`.
 
-        A classifier starts from `means`, the mean target of each answer. From equal probabilities it would spend its
-        first steps on learning that all answers but one are wrong.
+        `means` is the mean target of each answer, from which the classifier's biases start. From equal probabilities it
+        would spend its first steps on learning that all answers but one are wrong.
 
         The list is that of the options' file, or the most frequent answers of at least `min_count` training questions
         each, most frequent first. METER and BEiT-3 count so, over training and validation questions: 9 gives
@@ -294,7 +303,7 @@ class VisualQuestionAnswering(Task):
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
-        """The 3,129 answers of VQA v2, and targets of some questions."""
+        """State with 3,129 answers, as METER and BEiT-3 have for VQA v2, and targets of so many invented questions."""
         shape = samples, ANSWERS_OF_A_QUESTION
         return {"answers": [str(i) for i in range(3129)]}, (torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
 
@@ -307,9 +316,10 @@ class VisualQuestionAnswering(Task):
         warn_of_few_answers(questions(dataset, may_lack_answers=True))
 
     def targets(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        """Answers int64 (S, H) of each question, -1 for none and for unknown ones, and their targets (S, H).
+        """Indices int64 (S, H) of each question's answers in the list, and their targets (S, H).
 
-        Targets are soft targets for the classifier, shares of annotators for masked answers.
+        A row ends with indices -1 and targets 0; answers that are not in the list are left out. Targets are soft
+        targets for the classifier, shares of annotators for masked answers.
         """
         place = {answer: i for i, answer in enumerate(self.state["answers"])}
         records = questions(dataset, repeated=True)
@@ -323,7 +333,13 @@ class VisualQuestionAnswering(Task):
         return ids, values
 
     def losses(self, batch: Batch, targets: Sequence[Tensor], implementation: Implementation) -> TaskLosses:
-        """Mean loss of the questions. Accuracy: of the answers' tokens, or the mean target of the likeliest answer."""
+        """Mean loss of a batch of questions, and accuracy.
+
+        Accuracy is the share of right tokens for masked answers, the mean target of the likeliest answer for the
+        classifier.
+
+        targets: indices and targets of the batch's answers, rows of what the method `targets` returns.
+        """
         ids, values = targets
         if self.masked:
             of, column = (ids >= 0).nonzero(as_tuple=True)  # (R,) each
@@ -348,7 +364,7 @@ class VisualQuestionAnswering(Task):
 
     @classmethod
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
-        """Verdict of each record: right with an accuracy of 100 %, wrong with 0 %."""
+        """Verdict of each prediction: right if its VQA accuracy is 1, wrong if it is 0, None between."""
         verdicts = []
         for i, (record, asked) in enumerate(zip(records, questions(dataset), strict=True)):
             counts = Counter(reference["answer"] for reference in asked["answers"])
@@ -362,9 +378,9 @@ class VisualQuestionAnswering(Task):
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
-        """VQA accuracy with its 95 % interval over images, and that of each type of answer and of question.
+        """VQA accuracy in per cent, by type of answer and question too; its 95 % interval is bootstrapped over images.
 
-        Of a split without answers: the number of questions alone. The benchmark's server scores its predictions.
+        For a split without answers, the number of questions alone: the benchmark's server scores its predictions.
         """
         annotations = questions(dataset, may_lack_answers=True)
         if not any(annotation.get("answers") for annotation in annotations):
@@ -374,12 +390,12 @@ class VisualQuestionAnswering(Task):
 
 
 def read_answers(path: Path, counts: Counter[str]) -> list[str]:
-    """The answers of a JSON file, a list of strings, each once; an empty one is left out.
+    """Read the list of answers to choose from: a JSON list of strings, from which repeated and empty ones are dropped.
 
     An answer that no training question has as it stands is normalised.
 
-    DataError if an answer is in no training question (`counts`): the list then comes from elsewhere, perhaps from the
-    test split.
+    counts: number of training questions with each answer. DataError if an answer of the file is not among them: the
+        list then comes from elsewhere, perhaps from the test split.
     """
     found = read_json(path, "a JSON list of answers")
     if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):

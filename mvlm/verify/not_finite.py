@@ -24,14 +24,14 @@ import mvlm
 import mvlm_kernels
 
 _FOLDERS = tuple(f"{Path(str(package.__file__)).parent}{os.sep}" for package in (mvlm, mvlm_kernels))
-"""Folders of our code."""
+"""Folders of the packages mvlm and mvlm_kernels, to tell their lines in a call stack from those of libraries."""
 _OF_RANKS = ("c10d", "_c10d_functional", "fsdp")
-"""Namespaces of collectives, whose outputs arrive later, and of copies around them."""
+"""Namespaces of the ops of torch.distributed. Their outputs are not judged: they arrive later."""
 
 
 @dataclass(frozen=True)
 class NotFinite:
-    """An op whose output is not finite."""
+    """An op (operator of torch's dispatcher) whose output has NaN or infinite values, and the code that called it."""
 
     op: str
     """Name of the op, such as `aten.mul.Tensor`; in backward also that of its autograd node."""
@@ -39,12 +39,12 @@ class NotFinite:
     module: str
     """Name of the innermost module that ran the op, or the op whose gradient it computes; empty outside of all."""
     place: str
-    """Line of our code that called the op, or the op whose gradient it computes."""
+    """Line of mvlm or mvlm_kernels that called the op, or, in backward, the op whose gradient it computes."""
     came_in: bool
-    """True if its inputs were not finite already."""
+    """True if an input of the op had NaN or infinite values already."""
 
     def describe(self) -> str:
-        """Two lines: the module, and the op with its place."""
+        """Describe the finding in two lines of text: the module, and the op with the line of code that called it."""
         way = "backward" if self.backward else "forward"
         inputs = "its inputs are finite"
         if self.came_in:
@@ -59,16 +59,16 @@ class FirstNotFinite(TorchDispatchMode):
     """Context that finds the first op with an output that is not finite, among all ops of the block.
 
     Args:
-        model: its modules are named.
+        model: model that runs in the block; the finding names its module.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model, self._running = model, list[str]()
         self._origins: dict[int, tuple[str, str]] = {}
-        """Module and place of each op by its number in the autograd graph."""
+        """(name of the module, line of code) of each forward op, by its sequence number in the autograd graph."""
         self._meant: set[int] = set()
-        """Addresses of memory with infinities that are meant."""
+        """Addresses of memory with infinities that the code wrote on purpose, such as -inf in a mask."""
         self._hooks: list[Any] = []
         self.found: NotFinite | None = None
 
@@ -133,7 +133,7 @@ class FirstNotFinite(TorchDispatchMode):
 
 
 def _local(x: Tensor) -> Tensor:
-    """A rank's own part of a tensor."""
+    """This rank's shard of a DTensor; any other tensor unchanged."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
@@ -147,7 +147,7 @@ def _has_nan(x: Tensor) -> bool:
 
 
 def _place(frame: FrameType | None) -> str:
-    """The innermost line of our code that is running, such as `mvlm/model/fast.py:90 in encode_patches`."""
+    """Innermost frame of mvlm or mvlm_kernels in a call stack, such as `mvlm/model/fast.py:90 in encode_patches`."""
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_FOLDERS) and file != __file__:

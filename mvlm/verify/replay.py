@@ -55,18 +55,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Replayed:
-    """A failed step, made again."""
+    """Result of making a failed training step again."""
 
     step: int
     """Number of the step, from 1."""
     samples: list[str]
     """Keys of its samples, on all ranks."""
     differences: dict[str, tuple[str, str]]
-    """Losses and gradient norms that are not those of the run, bit for bit: the run's, and the replayed one."""
+    """(the run's value, the replayed value) of each loss and gradient norm that is not bitwise equal, by name."""
     recorded: dict[str, str]
     """Losses and gradient norms of the run."""
     found: dict[int, NotFinite]
-    """First op of each rank whose output is not finite. Ranks that only received it have no op, if another has one."""
+    """First op of each rank whose output is not finite. A rank is missing if all is finite there.
+
+    Also missing are ranks that only received such values, if another rank has made them.
+    """
 
 
 def replay(folder: Path, world: World, own_loss: str | None = None) -> Replayed:
@@ -202,7 +205,10 @@ class KeptStep:
 
 
 def adapt_frozen(model: MaskVLM, names: list[str], where: Path) -> None:
-    """Let all parameters learn but those of these names, in place. RunError for a name that is none."""
+    """Freeze the parameters of these names and let all others learn, in place. RunError if there is no such parameter.
+
+    where: file that names them, for the error.
+    """
     parameters = dict(model.named_parameters())
     if unknown := set(names) - parameters.keys():
         raise RunError(f"{where}: wanted names of parameters as frozen, found {min(unknown)}; restore it")
@@ -211,7 +217,10 @@ def adapt_frozen(model: MaskVLM, names: list[str], where: Path) -> None:
 
 
 def _from_tensors(kind: Any, tensors: dict[str, Tensor]) -> Any:
-    """A batch, or masks, of the tensors of `mvlm.training.failed_step.batch_tensors`."""
+    """Make a `Batch` or `Masks` from its fields as tensors, as `mvlm.training.failed_step.batch_tensors` gives them.
+
+    ValueError if a field without a default is missing.
+    """
     values = {}
     for field in fields(kind):
         if field.name in tensors:
@@ -223,7 +232,7 @@ def _from_tensors(kind: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def check_microbatch(batch: Batch, masks: Masks, model: MaskVLMConfig, pairs: int, own_masks: bool) -> None:
-    """Raise ValueError unless shapes, dtypes and indices are those of a loader's batch of so many pairs.
+    """Raise ValueError if a loader could not have made a batch of `pairs` pairs of such shapes, dtypes and indices.
 
     own_masks: a user's function drew the masks, of any number of patches.
     """

@@ -54,14 +54,14 @@ from mvlm_dataloading.tools.reindex import lists_samples_of
 
 log = logging.getLogger(__name__)
 ALIKE = ("device", "processor", "instructions", "ranks")
-"""Fields in which two machines have to be equal to give the same bits. Threads are set as the run had them."""
+"""Fields of a machine's description that must be equal for equal bits. Threads are set to the run's number instead."""
 MEASURED = {"pairs_per_s", "data_wait_s", "seconds", "memory_mb", "mfu", *FIELDS}
-"""Fields of a row of metrics that no two runs share."""
+"""Measured fields of a row of metrics, such as times and memory: they differ between runs and are not compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claims:
-    """Files of a finished run, parsed and not yet believed."""
+    """Contents of a finished run's files, parsed and not yet verified."""
 
     run: RunFolder
     config: PretrainConfig
@@ -71,11 +71,11 @@ class Claims:
     parts: list[dict[str, Any]]
     """`start` events of the history, in order: one for each process that trained."""
     ways: list[dict[str, Any]]
-    """Settings of each part that say how its steps were computed (`way_of`)."""
+    """For each process that trained, the settings that decide how its steps are computed, such as `deterministic`."""
     saves: dict[int, dict[str, Any]]
     """`save` events of the history by step, without those of steps that a later process repeated."""
     gaps: list[int]
-    """Steps after which a part went on though no part before it had saved them."""
+    """Steps after which a process resumed though no process before it had saved a checkpoint of that step."""
     checkpoints: list[Path]
     """Checkpoints, oldest first. The last is that of the last step."""
     figures: dict[str, Any] | None
@@ -86,11 +86,14 @@ class Claims:
         return next(part for part in reversed(self.parts) if part["step"] < step)
 
     def way_at(self, step: int) -> dict[str, Any]:
-        """Settings that say how a step, from 1, was computed."""
+        """Settings that decided how a step, counted from 1, was computed, such as `deterministic`."""
         return self.ways[max(number for number, part in enumerate(self.parts) if part["step"] < step)]
 
     def row_due(self, step: int) -> bool:
-        """True if a step has a row of metrics. Parts may differ in `log_every`; older histories do not name it."""
+        """True if metrics.jsonl must have a row of a step, by the `log_every` of the process that made it.
+
+        Histories of earlier versions do not name it; then the run's setting counts.
+        """
         every = self.part_of(step).get("log_every", self.config.log_every)
         return step % every == 0 or step == self.config.max_steps
 
@@ -148,7 +151,7 @@ def read_claims(path: Path, data: Path | None) -> Claims:
 
 
 def _read_figures(file: Path) -> dict[str, Any]:
-    """Figures on the test split. RunError for a file that no evaluation writes."""
+    """Read the run's evaluation on the test split, eval/test.json. RunError if its content is none of an evaluation."""
     with figures_of(file) as found:
         good = {
             "rerank": _is_count(found["rerank"], least=0),  # 0: a model without ITM
@@ -166,7 +169,10 @@ def _is_count(value: Any, least: int = 1) -> bool:
 
 
 def wrong_data(claims: Claims) -> Iterator[str]:
-    """Hash every shard of the run's splits and of the test split; compare with dataset.json, index and history."""
+    """Hash every shard of the run's splits and of the test split, and yield faults, a sentence each.
+
+    Hashes are compared with dataset.json, the indices and the run's history.
+    """
     recorded = {name for part in claims.parts for name in part["data"]}
     available = open_dataset(claims.config.data, "train").splits
     for split in sorted({"train", *recorded, *({"test"} & set(available))}):
@@ -179,7 +185,7 @@ def wrong_data(claims: Claims) -> Iterator[str]:
 
 
 def _damaged(dataset: Dataset) -> Iterator[str]:
-    """Files of a split that do not fit: an index with the fingerprint of other samples, shards with other bytes.
+    """Yield faults of a split, a sentence each: an index with the fingerprint of other samples, shards of other bytes.
 
     Training reads the samples where the index says. So the index of a local split may list samples of its tars alone.
     """
@@ -201,7 +207,10 @@ def _damaged(dataset: Dataset) -> Iterator[str]:
 
 
 def wrong_rows(claims: Claims) -> Iterator[str]:
-    """Faults of metrics.jsonl: gaps between parts of the run, missing rows, rows with other hashes than the history."""
+    """Yield faults of metrics.jsonl, a sentence each: missing rows, and rows of another hash than the history has.
+
+    A fault is also a step after which a process resumed though no process before it had saved that step.
+    """
     yield from (f"a part continues after step {step}, which was not saved" for step in claims.gaps)
     due = filter(claims.row_due, range(1, claims.config.max_steps + 1))
     yield from (f"no row of step {step}" for step in due if step not in claims.rows)
@@ -215,7 +224,7 @@ def wrong_rows(claims: Claims) -> Iterator[str]:
 
 
 def wrong_parts(path: Path, claims: Claims) -> Iterator[str]:
-    """Hash the files of a checkpoint, and compare manifest, step and data."""
+    """Hash the files of a checkpoint, and yield faults, a sentence each: in its manifest, its step or its data."""
     step = step_of(path)
     try:
         verify_checkpoint(path)
@@ -238,7 +247,7 @@ def wrong_parts(path: Path, claims: Claims) -> Iterator[str]:
 
 
 class Segment(NamedTuple):
-    """Steps `start` + 1 to `stop`, from one checkpoint, or from the initial weights, to the next."""
+    """Training steps `start` + 1 to `stop` between two neighbouring checkpoints; `start` 0 is the initial weights."""
 
     start: int
     stop: int
@@ -248,14 +257,22 @@ class Segment(NamedTuple):
 
 
 def choose_segments(kept: list[int], steps: int) -> list[Segment]:
-    """The last segment, and those of so many random steps. `kept` are the steps of the checkpoints, ascending."""
+    """Choose segments to make again: the last one, and those that contain `steps` randomly drawn steps.
+
+    kept: steps of the checkpoints, ascending.
+    """
     segments = [Segment(*pair) for pair in pairwise([0, *kept])]
     drawn = random.SystemRandom().sample(range(1, kept[-1] + 1), min(steps, kept[-1]))
     return [s for s in segments if s.stop == kept[-1] or any(s.start < step <= s.stop for step in drawn)]
 
 
 def check_machine(what: str, device: torch.device, machine: dict[str, Any], versions: dict[str, str]) -> None:
-    """RunError unless this machine has to give the bits of another: its kind and its packages."""
+    """Raise RunError unless this machine must give bitwise the results of another, by its hardware and packages.
+
+    Args:
+        what: noun phrase for what was computed there, for the error.
+        machine, versions: description of the other machine, and versions of its packages.
+    """
     here = {name: describe_machine(device)[name] for name in ALIKE} | package_versions()
     there = {name: machine.get(name) for name in ALIKE} | versions
     if other := [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]:
@@ -266,7 +283,7 @@ def check_machine(what: str, device: torch.device, machine: dict[str, Any], vers
 
 
 class Replay:
-    """Makes segments of a run again, through the functions that train and resume. It writes nothing.
+    """Trains segments of a run again, through the functions that train and resume, and writes nothing to the run.
 
     Args:
         device: auto, cpu or cuda. auto: a GPU if the run had one and there is one.
@@ -295,7 +312,9 @@ class Replay:
         self.inputs = open_inputs(config, self.world)
 
     def differences(self, segment: Segment) -> Iterator[str]:
-        """Make the steps of a segment again. Yields rows, tensors and counts that are not those of the run.
+        """Train the steps of a segment again, and yield differences from the run, a sentence each.
+
+        Compared are rows of metrics, the tensors of the checkpoint at its end, and counts such as skipped updates.
 
         RunError if this machine may give other bits.
         """
@@ -334,7 +353,7 @@ class Replay:
                 yield f"{last.name}: {name} {theirs}, replayed {ours}"
 
     def _make(self, segment: Segment) -> tuple[Trainer, list[dict[str, Any]]]:
-        """Train the steps of a segment. Returns the trainer, and a row wherever the run has one."""
+        """Train the steps of a segment. Returns the trainer, and a row of metrics wherever the run has one."""
         rows: list[dict[str, Any]] = []
         claims = self.claims
         first = claims.part_of(segment.start + 1)
@@ -363,7 +382,7 @@ class Replay:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Context in which torch computes with so many threads: sums over other numbers of threads round otherwise."""
+    """Context in which torch uses `number` threads: sums over another number of threads round otherwise."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -373,7 +392,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 class Check(NamedTuple):
-    """One check of a run: its subject, and the deviations that it found."""
+    """Outcome of one check of a run: its subject, and the deviations that it found."""
 
     what: str
     problems: list[str]

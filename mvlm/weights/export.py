@@ -69,7 +69,10 @@ def _export_text_encoder(model: MaskVLMNetwork, first_position: int, token_types
 
 
 def _renamed_copies(module: nn.Module, names: dict[str, SourceName]) -> dict[str, Tensor]:
-    """Copies of a module's tensors under the names of the other library; thirds are joined."""
+    """Copies of a module's tensors under another library's names, as a state dict.
+
+    names: for each of our tensors, its name there; or (name, 0, 1 or 2) if queries, keys and values are joined there.
+    """
     parts: dict[str, list[Tensor]] = {}
     tensors = {name: p.detach() for name, p in module.named_parameters()}
     for ours, theirs in names.items():  # query, key, value: a table lists thirds in their order

@@ -83,7 +83,7 @@ def load_image_tower(model: MaskVLMNetwork, source: Source) -> LoadReport:
 
 
 def _downloaded(model: MaskVLMNetwork) -> dict[str, Tensor]:
-    """Tensors of the module that timm makes of its pretrained weights, with the head."""
+    """State dict of the model's image tower with timm's pretrained weights, downloaded or cached, head included."""
     config = model.config
     try:
         _check_download(config.image_tower)
@@ -97,7 +97,7 @@ def _downloaded(model: MaskVLMNetwork) -> dict[str, Tensor]:
 
 
 def _check_download(tower: str) -> None:
-    """Raise the network's error if timm would ask a hub that does not answer."""
+    """Raise a connection error at once if timm's weights are not cached and the Hugging Face hub does not answer."""
     import timm
 
     source = timm.get_pretrained_cfg(tower.removeprefix(PREFIX))
@@ -107,7 +107,12 @@ def _check_download(tower: str) -> None:
 
 
 def _check_settings(file: Path, module: Any) -> None:
-    """RunError for a config.json of transformers with other heads or another GELU, which leave no trace in tensors."""
+    """Raise RunError if a config.json of transformers names another number of heads or another GELU than a tower has.
+
+    The shapes of the tensors would not show that.
+
+    module: the tower, as timm made it.
+    """
     if not file.is_file():
         return
     try:
@@ -130,7 +135,10 @@ def _check_settings(file: Path, module: Any) -> None:
 
 
 def _timm_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a source's image encoder under timm's names, with positions of the module's size."""
+    """Rename the tensors of a source's image encoder to timm's names, with positions resized to the module's size.
+
+    module: the tower, as timm made it.
+    """
     if any(name.endswith(HF_PATCHES) for name in tensors):
         tensors = _from_transformers(tensors)
     convert = sys.modules[type(module).__module__].checkpoint_filter_fn
@@ -170,7 +178,12 @@ def _from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _pair(
     model: MaskVLMNetwork, tower: TimmTower, tensors: Mapping[str, Tensor], projection: Tensor | None
 ) -> dict[str, Tensor]:
-    """The model's tensors that a contrastive pair has beside its encoders: projection of images, scale and bias."""
+    """Tensors, under the model's names, that a CLIP or SigLIP has beside its encoders: projection, scale and bias.
+
+    Args:
+        tensors: the source's, by name.
+        projection: weight (embedding width, tower width) of the source's projection of images; None if it has none.
+    """
     pair: dict[str, Tensor] = {}
     wanted, width = model.image_projection, tower.mask_token.numel()
     if projection is None and tower.module.attn_pool is not None and wanted.out_features == width:
@@ -191,7 +204,10 @@ def _pair(
 
 
 def _mask_token(tensors: Mapping[str, Tensor], width: int) -> Tensor | None:
-    """The mask token of a pretraining that replaced embedded patches, as DINOv2's. MAE's is its decoder's."""
+    """Mask token (width,) by which a pretraining such as DINOv2's replaced embedded patches; None if there is none.
+
+    That of MAE is left out: it belongs to the decoder.
+    """
     if any(name.endswith("decoder_pos_embed") for name in tensors):
         return None
     tokens = [tensor for name, tensor in tensors.items() if name.split(".")[-1] == "mask_token"]

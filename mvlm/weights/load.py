@@ -37,7 +37,7 @@ PARTS: dict[Tower, tuple[str, ...]] = {
     "image": ("vision_config", "image_config", "encoder"),
     "text": ("text_config", "decoder"),
 }
-"""Keys of an encoder's settings in the config.json of a model that contains the encoder."""
+"""Keys under which the config.json of a model with several encoders may have an encoder's settings, by encoder."""
 BERT, ROBERTA = "bert", "roberta"
 TEXT_FAMILIES = {
     **dict.fromkeys(
@@ -45,7 +45,7 @@ TEXT_FAMILIES = {
     ),
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "data2vec-text", "bridgetower_text_model"), ROBERTA),
 }
-"""model_type in transformers of text encoders that compute what ours does -> the one whose positions they have."""
+"""`model_type` of transformers' text encoders that compute what ours does -> BERT or RoBERTa, by their positions."""
 EXACT_GELU = ("gelu", "gelu_python")
 """Names in transformers of the GELU that our encoders compute."""
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
@@ -120,7 +120,10 @@ def _checked_settings(path: Path, tower: Tower, heads: int) -> dict[str, Any]:
 
 
 def _check_text(path: Path, config: Mapping[str, Any]) -> None:
-    """RunError for a text model that computes something else with tensors of the same names and shapes."""
+    """Raise RunError if a config.json names a text model that computes something else than ours with equal tensors.
+
+    path: of the config.json, for the error.
+    """
     kind = config.get("model_type")
     if kind is not None and str(kind) not in TEXT_FAMILIES:
         raise RunError(
@@ -203,12 +206,12 @@ def hf_vit_names(layers: int) -> dict[str, SourceName]:
 
 
 def _of_modules(modules: Mapping[str, str]) -> dict[str, SourceName]:
-    """Table of the weights and biases of modules."""
+    """Names of weights and biases, ours -> theirs, from the names of modules, ours -> theirs."""
     return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias") for ours, theirs in modules.items()}
 
 
 def current_vit_name(name: str) -> str:
-    """The current name of a tensor of transformers' ViT. Files on the hub have names from before a renaming."""
+    """Translate the name of a tensor of transformers' ViT to the current one: older files have names of before."""
     match = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
     if match is None:
         return name
@@ -422,7 +425,13 @@ def _load_text_encoder(model: MaskVLMNetwork, source: Source, family: str | None
 
 
 def _first_position(settings: Mapping[str, Any], types: int, family: str | None) -> int:
-    """Row of a text's first position, from the source's settings, its number of token types and the wanted family."""
+    """Row of the position embeddings that a text's first token gets: 0 for BERT, padding id + 1 for RoBERTa.
+
+    Args:
+        settings: the source's config.json; empty if there is none.
+        types: number of token types, which tells BERT from RoBERTa without a config.json.
+        family: the family that is wanted; None for any.
+    """
     kind = settings.get("model_type")
     named = TEXT_FAMILIES.get(str(kind))
     if named and family and named != family:

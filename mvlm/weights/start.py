@@ -138,7 +138,10 @@ def check_settings(config: PretrainConfig, dataset: Dataset) -> None:
 
 
 def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
-    """Make a run's model. With `fresh`, it gets the weights that the settings name: a trained model's, or encoders'.
+    """Make a run's model.
+
+    If `fresh`, at the beginning of a run, it gets the pretrained weights that the settings name: those of a trained
+    model or of encoders.
 
     RunError if they do not fit, or cannot be read.
     """

@@ -26,7 +26,7 @@ HALVES = {"clip": "clip_text_model", "siglip": "siglip_text_model"}
 PROJECTION = re.compile(r"(^|\.)(text_projection|text_model\.head|^head)\.(weight|bias)$")
 """Names of the layer from a caption's feature to its embedding, in CLIP and in SigLIP."""
 NOT_OF_TOWER = ("pooler.", "embeddings.position_ids", "embeddings.token_type_ids")
-"""Beginnings of names of tensors that a file may have beside those of the tower."""
+"""Prefixes of names of tensors that a file may have and a text tower does not: they are ignored."""
 NOT_COMPUTED = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "auto_map")
 NOT_COMPUTED += ("num_labels", "id2label", "label2id")
 """Settings of transformers that say nothing of what a tower computes."""
@@ -110,7 +110,7 @@ def load_text_tower(model: MaskVLMNetwork, folder: Path) -> None:
 
 
 def with_new_rows(embedding: Tensor, rows: int, new: Collection[int]) -> Tensor:
-    """An embedding (V, C) with so many rows; those of the tokens `new` and those past V are the others' mean."""
+    """Extend an embedding (V, C) to `rows` rows; those of the token ids `new` and those past V are the others' mean."""
     old = torch.ones(rows, dtype=torch.bool)
     old[len(embedding) :] = False
     old[[*new]] = False
@@ -139,7 +139,7 @@ def _read_settings(file: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _padding(folder: Path, tokenizer: Tokenizer) -> int | None:
-    """Token that pads captions by the folder's tokenizer_config.json, such as SigLIP's </s>; None if it names none."""
+    """Id of the padding token that a folder's tokenizer_config.json names, such as SigLIP's </s>; None without one."""
     file = folder / "tokenizer_config.json"
     named = _read_json(file).get("pad_token") if file.is_file() else None
     name = named.get("content") if isinstance(named, dict) else named

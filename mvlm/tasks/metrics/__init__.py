@@ -17,7 +17,7 @@ def percent_interval(values: Sequence[float] | np.ndarray, groups: Sequence[str]
 
 
 class Scored(NamedTuple):
-    """Figures of predictions, and the score of each example behind the main one."""
+    """Metrics of a set of predictions, and the score of each example, whose mean is the main metric."""
 
     figures: dict[str, Any]
     """Figures by name, in per cent unless their name says otherwise."""
@@ -30,5 +30,5 @@ class Scored(NamedTuple):
 
     @property
     def all_figures(self) -> dict[str, Any]:
-        """The figures, with the interval of the main one."""
+        """The figures, and the main one's 95 % interval under the key `NAME_95`."""
         return {**self.figures, f"{self.main}_95": percent_interval(self.scores, self.groups)}

@@ -111,9 +111,9 @@ def _pairs(words: int) -> int:
 def score_captions(
     captions: Mapping[str, str], references: Mapping[str, Sequence[str]], scenes: Mapping[str, Mapping[str, Any]]
 ) -> Scored:
-    """CIDEr-D x 100 and BLEU-1 to 4; where there are `scenes`, of all images, also the facts that captions state.
+    """CIDEr-D x 100 and BLEU-1 to 4 of captions; with `scenes`, also how true and complete the stated facts are.
 
-    Every image is a group of its own.
+    Every image is a group of its own in the bootstrap. The dicts have the same image ids, but `scenes` may be empty.
     """
     scores = cider(captions, references)
     figures = {"cider_d": 100 * float(scores.mean())}
@@ -123,7 +123,10 @@ def score_captions(
 
 
 def is_scene(value: Any) -> TypeGuard[dict[str, Any]]:
-    """True for a composed scene; another data set may have a field of this name, such as scene: "kitchen"."""
+    """True if a metadata field `scene` describes an image that `mvlm data scenes` composed: {size, objects}.
+
+    Another data set may have a field of this name, such as scene: "kitchen".
+    """
     return isinstance(value, dict) and isinstance(value.get("objects"), list) and isinstance(value.get("size"), list)
 
 

@@ -40,12 +40,15 @@ def score_labels(predicted: Sequence[str], wanted: Sequence[str], labels: Sequen
 
 
 def set_of(identifier: str) -> str:
-    """The set of images of an identifier "split-set-pair-sentence". Statements about one set are not independent."""
+    """Name "split-set" of the set of images that a NLVR2 identifier "split-set-pair-sentence" belongs to.
+
+    Statements about one set are not independent, so intervals are bootstrapped over sets.
+    """
     return "-".join(identifier.rsplit("-", 3)[:2])
 
 
 def check_identifier(identifier: str) -> str:
-    """Fault in the form of an identifier, or an empty string."""
+    """Message on an identifier that is not "split-set-pair-sentence", NLVR2's form; empty if it is."""
     if identifier.count("-") >= 3:
         return ""
     return f'identifier {identifier!r}: wanted the form "split-set-pair-sentence", as NLVR2 has it'

@@ -18,7 +18,7 @@ from mvlm_dataloading.dataset.dataset import image_name
 
 log = logging.getLogger(__name__)
 FEWEST_ANSWERS = 4
-"""Answers of a question of which one can count in full: it is compared with three others."""
+"""Fewest annotators' answers with which a prediction can reach accuracy 1: each is compared with three others."""
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = {"a", "an", "the"}
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -57,7 +57,7 @@ CONTRACTIONS = {
     for right in [right.strip()]
     for form in forms.split()
 }
-"""Form without an apostrophe to the form with it."""
+"""English contractions: from a spelling without the apostrophe ("dont") to the one with it ("don't")."""
 
 
 def strip_answer(answer: str) -> str:
@@ -99,7 +99,7 @@ def warn_of_few_answers(annotations: Sequence[Mapping[str, Any]]) -> None:
 
 
 def compared_answers(references: Sequence[Mapping[str, Any]]) -> tuple[list[str], bool]:
-    """Answers of a question's annotators as the official metric compares them, and whether it normalises them.
+    """(answers of a question's annotators in the form that the official metric compares, True if it normalises them).
 
     It does so only if they differ: an answer on which all agree has to be given as they wrote it.
     """
