@@ -10,7 +10,7 @@ from mvlm_dataloading import Masks
 
 
 def attended(draw: MaskDraw) -> Masks:
-    """As many patches as the loader masked, those with most attention; the loader's masks of captions."""
+    """Mask the patches with most attention, as many as the loader masked; captions keep the loader's masks."""
     number = draw.masks.patch_ids.shape[1]
     patches = draw.attention().topk(number, dim=1).indices  # (B, K)
     return replace(draw.masks, patch_ids=patches.sort(dim=1).values)

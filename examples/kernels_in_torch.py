@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """The same on the kernels: attention, the residual sum with its norm, and GELU with the linear layer after it."""
+    """`Block` on the kernels: attention, the residual sum with its norm, and GELU with the linear layer after it."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()

@@ -65,7 +65,10 @@ EXHIBITS = (
 
 
 def prove(exhibit: Exhibit, proof: str, packages: Path | None) -> list[str]:
-    """What the failed cases of an exhibit's test say; packages: a folder that comes before the installed ones."""
+    """Run an exhibit's test under one proof, and return the texts of its failures, or ["skipped"] if all is skipped.
+
+    packages: folder that comes before the installed packages.
+    """
     path = os.pathsep.join(str(x) for x in (packages, os.environ.get("PYTHONPATH")) if x)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

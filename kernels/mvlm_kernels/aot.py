@@ -135,7 +135,7 @@ def recorded(op: str, arch: str, select: str = "") -> Iterator[Launch]:
 
 
 def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
-    """Row of the table for one launch: compile its kernel and read the costs from the machine code."""
+    """Compile the kernel of one launch. Returns its row of the printed table, whose columns the module describes."""
     case, kernel, args, meta, pass_name = launch
     compiled = compile_launch(kernel, args, meta, arch)
     used = usage(compiled.asm["cubin"])

@@ -249,7 +249,7 @@ def _constant(name: str, channels: int, dtype: torch.dtype, device: torch.device
 
 @functools.cache
 def tile_reasons(channels: int, patch_size: int) -> tuple[Refusal, ...]:
-    """Reasons against Triton for patches that do not fit a tile."""
+    """Reasons why Triton cannot run on patches of this size, which do not fit a tile of MAX_TILE values; else empty."""
     pixels = power_of_two(channels) * power_of_two(int(patch_size) ** 2)
     if pixels <= MAX_TILE:
         return ()

@@ -62,7 +62,11 @@ class Inputs:
         return [*self.leaves.values(), *(x for x in self.fixed.values() if isinstance(x, Tensor))]
 
     def values(self) -> list[Tensor]:
-        """Leaves and images. The others are lengths, indices and masks, from which peers make tensors in advance."""
+        """Floating tensors and uint8 images among the arguments.
+
+        The others are lengths, indices and masks, which an implementation under comparison may convert before it is
+        timed.
+        """
         return [x for x in self.tensors() if x.is_floating_point() or x.dtype == torch.uint8]
 
 
@@ -73,7 +77,10 @@ class Maker(Protocol):
 
 
 class Launch(NamedTuple):
-    """One recorded launch. meta: constexprs and compile options."""
+    """One recorded launch of a Triton kernel.
+
+    case: label of the case. meta: constexprs and compile options. pass_name: "forward" or "backward".
+    """
 
     case: str
     kernel: Any
@@ -84,11 +91,11 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape and dtype."""
+    """One op at one shape and dtype: how its inputs are made, an oracle of its results, and its cost."""
 
     op: str
     label: str
-    """Shape as text, for results, or what is special."""
+    """Name of the case in results: its shape, or what is special about it."""
     dtype: torch.dtype
     make: Maker
     ours: Callable[..., Any]
@@ -106,19 +113,19 @@ class Case:
     product: tuple[int, int, int] | None = None
     """Sizes (M, N, K) of the matrix product that forward contains, whose time by torch alone is reported."""
     has_kernels: bool = True
-    """`ours` is an op of `mvlm_kernels`, so that `explain` knows it and its launches have names."""
+    """True if `ours` is an op of `mvlm_kernels`, so that `explain` knows it and its launches have names."""
     left_to_torch: bool = False
-    """The op runs torch here by its own rule, on every GPU: both sides of an attention are long."""
+    """True if the op runs torch for this case on every GPU, by its own rule: both sides of an attention are long."""
     runs_on: Callable[[int], bool] = field(default=lambda arch: True, repr=False)
-    """False for a compute capability without a kernel for the case."""
+    """Function of a compute capability, such as 90: False if the op has no kernel there for the case."""
     context: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext, repr=False)
-    """Context in which the kernels take the case."""
+    """Makes the context manager in which the op is called, where the kernels take the case only under a setting."""
     multiplies: bool = False
-    """The kernels contain matrix products, which are in TF32 for float32."""
+    """True if the kernels contain matrix products, which are in TF32 for float32 inputs."""
     multiprocessors: int = 0
-    """Number of multiprocessors of the GPU that is emulated; 0 splits no work."""
+    """Number of multiprocessors of the GPU that is emulated, among which work is split; 0: no work is split."""
     incoming: Callable[[Tensor], Tensor] = field(default=lambda grad: grad, repr=False)
-    """Lays the gradient of an output out in memory."""
+    """Gives an output's gradient, the input of the backward pass, the layout in memory that the case tests."""
     yardstick: Callable[..., Any] | None = None
     """Plain torch whose error is the measure of the kernels' error. Takes all arguments by name in their own dtypes.
     None: the op without its kernels."""
@@ -140,16 +147,16 @@ class Case:
             return as_results(self.ours(**inputs.leaves, **inputs.fixed))
 
     def backward(self, inputs: Inputs, outs: tuple[Tensor, ...]) -> None:
-        """Backward pass of the op, from gradients without values."""
+        """Run the backward pass of the op on uninitialised gradients of the outputs. The results are dropped."""
         if inputs.leaves:
             grads = [torch.empty_like(out) for out in outs]
             with self.context():
                 torch.autograd.grad(outs, list(inputs.leaves.values()), grads, allow_unused=True)
 
     def launches(self, arch: int, inputs: Inputs | None = None) -> list[Launch]:
-        """Launches of both passes on a GPU of this compute capability. Nothing runs.
+        """Launches of kernels that both passes make on a GPU of this compute capability, such as 90. Nothing runs.
 
-        inputs: by default such without values. Raises RuntimeError if the op has no kernel for the case.
+        inputs: by default tensors on the device meta. Raises RuntimeError if the op has no kernel for the case.
         """
         found: list[tuple[Any, ...]] = []
         inputs = self.make("meta") if inputs is None else inputs

@@ -48,7 +48,7 @@ def emulated() -> dict[str, Case]:
 
 
 def fast() -> set[str]:
-    """Names of the emulated cases that run in every suite: all kernels are launched by them."""
+    """Names "op/label" of the emulated cases that every run of the tests takes. They launch all kernels."""
     return {f"{case.op}/{case.label}" for op in OPS for case in op.emulated() if case.label in op.FAST}
 
 

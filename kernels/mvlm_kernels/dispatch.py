@@ -170,9 +170,10 @@ def _named(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
 def explained_by(
     reasons_of: Callable[..., Sequence[Refusal]], check: Callable[..., Any] | None = None
 ) -> Callable[[Op], Op]:
-    """Decorator of a public op. reasons_of lists all reasons against Triton of a call that `check` has checked.
+    """Decorator of a public op, which lets :func:`explain` explain its calls.
 
-    Both take some of the op's arguments, by the op's names.
+    reasons_of lists all reasons against Triton of a call that `check` has checked. Both take some of the op's
+    arguments, by the op's names.
     """
 
     def register(op: Op) -> Op:
@@ -205,7 +206,10 @@ _without_resources: dict[tuple[Any, ...], Refusal] = {}
 
 
 def without_resources(*kind: Any) -> tuple[Refusal, ...]:
-    """The reason against Triton of a kind of call that an earlier :func:`run_kernels` found too large for this GPU."""
+    """The reason against Triton of a kind of call that is too large for this GPU; empty for other calls.
+
+    It is too large if an earlier :func:`run_kernels` of this `kind` could not launch for lack of resources.
+    """
     return (_without_resources[kind],) if kind in _without_resources else ()
 
 

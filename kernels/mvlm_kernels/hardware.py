@@ -77,7 +77,8 @@ MULTIPROCESSORS = {
     100: Multiprocessor(64, 32, 228, 227),
     120: Multiprocessor(48, 24, 100, 99),
 }
-"""By compute capability: CUDA C++ programming guide, technical specifications. Others get the smallest."""
+"""Limits of a multiprocessor by compute capability, from the technical specifications of the CUDA C++ programming
+guide. Capabilities that are not listed get those of 86, the smallest."""
 SAME = {103: 100, 121: 120}
 """Compute capabilities whose multiprocessors hold what those of another one hold: B300, and GB10 of DGX Spark."""
 

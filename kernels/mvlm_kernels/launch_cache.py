@@ -62,7 +62,7 @@ def _remember(key: tuple[Any, ...], kernel: Any, compiled: Any, constants: list[
 
 
 def kinds(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Kinds of the arguments, as far as Triton may specialise a kernel for them; None if one is not known here.
+    """Kinds of a launch's arguments, by which Triton may specialise a kernel; None if an argument has another type.
 
     Of a tensor the dtype, and whether it begins at 16 bytes; of an int, whether it is 1 or divides by 16, and the bits
     it needs. Where Triton specialises less, there are several kinds of one compiled kernel.

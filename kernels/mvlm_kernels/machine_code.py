@@ -54,7 +54,7 @@ def spill_bytes(ptx: str, arch: str) -> int:
 
 
 class Instructions(NamedTuple):
-    """Instructions of a warp: those outside the kernel's loop, and those of the loop's body. No loop has no body."""
+    """Numbers of a kernel's machine instructions: outside its loop, and in the loop's body (0 without a loop)."""
 
     outside: int
     body: int

@@ -27,18 +27,22 @@ class Op(NamedTuple):
     registered: Any
     implementation: Callable[..., Any]
     function: Callable[..., Any]
-    """The implementation with its gradient."""
+    """The implementation under the op's autograd Function, called without torch's dispatcher."""
 
     def on(self, *tensors: torch.Tensor, learns: bool = True) -> Callable[..., Any]:
-        """The form in which a public function calls the op on these tensors. learns: an argument needs a gradient."""
+        """Callable by which a public function calls the op on these tensors.
+
+        It is the registered op, or where torch's dispatcher is not needed the implementation, with its gradient if
+        one may be needed. learns: True if an argument requires a gradient.
+        """
         if not called_directly(*tensors):
             return self.registered
         return self.function if learns and torch.is_grad_enabled() else self.implementation
 
     def in_function(self, *tensors: torch.Tensor) -> Callable[..., Any]:
-        """The form in which an autograd Function calls the op on these tensors.
+        """Callable by which an autograd Function calls the op on these tensors: the implementation where that is safe.
 
-        With ``create_graph=True`` it is the overload, which knows its own derivative, or refuses it.
+        With ``create_graph=True`` it is the registered op, which knows its own derivative, or refuses it.
         """
         return self.implementation if not torch.is_grad_enabled() and called_directly(*tensors) else self.registered
 

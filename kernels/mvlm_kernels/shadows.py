@@ -18,35 +18,36 @@ from mvlm_kernels import dispatch, registration
 
 class _Shadow(NamedTuple):
     value: Tensor
-    """The copy: some rows of the stack."""
+    """Copy of one parameter: a view of rows of `stack`, which holds the copies of several parameters."""
     stack: Tensor
     row: int
     """First row of the copy in the stack."""
 
 
 class _Block:
-    """Copies that :meth:`Shadows.in_use` puts in force, by the ids of their parameters."""
+    """Copies of parameters that are read inside a block :meth:`Shadows.in_use`, by the `id` of the parameter."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.shadows: dict[int, _Shadow] = {}
         self.groups: dict[int, Sequence[nn.Parameter]] = {}
-        """Parameters whose gradients are converted by one operation, when all of them are known."""
+        """Parameters whose gradients are converted by one operation, when all are known; by the `id` of each."""
         self.lent: dict[int, Tensor] = {}
-        """Copies that are in the graph of this step, as results of one node a group."""
+        """Copies that are in the autograd graph of this step, as outputs of one node for each group of parameters."""
         self.stacked: dict[tuple[int, ...], Tensor] = {}
-        """Copies of several parameters that lie one after another."""
+        """Views of the copies of several parameters that lie one after another in memory, by the parameters' ids."""
 
 
 _block: _Block | None = None
-"""The block in force, for all threads: backward may recompute layers in others."""
+"""The copies that are read at present, by all threads: autograd may recompute layers in other threads. None: none."""
 
 
 class Shadows:
     """Copies of parameters in another dtype, which are read inside the block :meth:`in_use`.
 
     Args:
-        stacks: each parameter once. Those of a stack, with rows of one length, lie one after another in memory.
+        stacks: lists of parameters, with each parameter in one of them. The copies of a list, whose parameters have
+            rows of one length, lie one after another in memory.
         groups: those parameters that :func:`under_autocast` gives. Gradients of a group are converted together.
         dtype: of the copies.
     """
@@ -86,7 +87,7 @@ class Shadows:
 
 
 def held(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Copy of the parameter in this dtype, without a gradient; None if it has none in the block in force."""
+    """Copy of the parameter in this dtype, without a gradient; None if no block :meth:`Shadows.in_use` has one."""
     block = _of_dtype(dtype)
     found = None if block is None else block.shadows.get(id(parameter))
     return None if found is None else found.value
@@ -115,7 +116,7 @@ def stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _neighbours(found: Sequence[_Shadow | None]) -> Tensor | None:
-    """Rows of a stack that are these copies, one after another; None if they are not."""
+    """View that holds these copies of parameters one after another; None if they do not lie so in memory."""
     first, rows = found[0], 0
     for x in found:
         if first is None or x is None or x.stack is not first.stack or x.row != first.row + rows:
@@ -162,14 +163,14 @@ def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
 
 
 def _of_dtype(dtype: torch.dtype) -> _Block | None:
-    """The block in force, if its copies have this dtype and no compiler or transform is active."""
+    """Copies that are read at present, if they have this dtype and no compiler or transform of torch.func is active."""
     if _block is None or torch.compiler.is_compiling() or _block.dtype != dtype or registration.transformed():
         return None
     return _block
 
 
 def _lend(parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Copies of parameters; those of parameters that learn are results of one node of the graph."""
+    """`copies`, in which those of parameters that require a gradient are outputs of one node of the autograd graph."""
     learns = [p.requires_grad for p in parameters]
     if not any(learns):
         return copies

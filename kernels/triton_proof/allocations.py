@@ -23,9 +23,11 @@ ALLOCATIONS = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
 def watched(
     change: Callable[[Tensor], Tensor], of: str = "", functions: Sequence[tuple[Any, str]] = ALLOCATIONS
 ) -> Iterator[None]:
-    """Inside the block, replace what the functions, (owner, name), return by ``change`` of it.
+    """Inside the block, some functions return ``change(x)`` in place of a tensor x that they return.
 
-    of: the package whose calls are meant; without it all calls but those of torch, Triton and NumPy.
+    Args:
+        of: package whose calls are changed; without it all calls but those of torch, Triton and NumPy.
+        functions: (owner, attribute) of each function; by default those of torch that allocate.
     """
 
     def wrap(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -45,7 +47,7 @@ def watched(
 
 
 def poison_value(dtype: torch.dtype) -> float | int | bool:
-    """NaN; for integers a value that is out of bounds of anything it indexes."""
+    """Value of a dtype that shows where it is read: NaN, True, or an integer's largest, out of bounds as an index."""
     if dtype.is_floating_point:
         return float("nan")
     if dtype == torch.bool:

@@ -61,7 +61,10 @@ def _encoded(kind: str, name: str, value: Any) -> bytes:
 
 
 def _add_tensor(x: Tensor, name: str, machine: Any, unwritten: set[tuple[int, int]]) -> None:
-    """Make x's memory good, from its first element to its last. The rest of its storage stays out of bounds."""
+    """Let the emulated kernel access x's memory, from its first element to its last.
+
+    The rest of its storage stays out of bounds. unwritten: (address, bytes) of storages that nobody has written.
+    """
     if x.device.type != "cpu":
         raise ValueError(f"{name} must be a CPU tensor, got one on {x.device}")
     storage, size = x.untyped_storage(), x.element_size()

@@ -7,9 +7,10 @@ from unittest.mock import patch
 
 
 class Turn:
-    """One run of a test. number: the position of the configuration that all autotuned kernels take, round and round.
+    """One run of a test, in which each autotuned kernel takes one of its configurations.
 
-    most: the largest number of configurations of a kernel that was launched. taken: by kernel, the configuration.
+    number: position of that configuration, modulo the kernel's number of them. most: the largest number of
+    configurations of a kernel that was launched. taken: by kernel, the configuration.
     """
 
     def __init__(self, number: int) -> None:

@@ -38,7 +38,7 @@ def hints(launches: Sequence[Launch]) -> Iterator[str]:
 
 
 def _equal(values: Mapping[str, list[int]]) -> list[list[str]]:
-    """Names with the same values, together; only groups of several."""
+    """Groups of two or more names whose values are equal in every launch. values: name -> value by launch."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, of in values.items():
         groups.setdefault(tuple(of), []).append(name)

@@ -203,7 +203,10 @@ def _properties(arch: int) -> dict[str, int]:
 
 
 def _load(name: str, binary: bytes, shared: int, device: int) -> tuple[Program, Program, int, int, int]:
-    """(module, function, registers, spills, most threads) of a kernel."""
+    """Make a kernel's PTX executable. Returns (module, function, registers, spills, most threads), as Triton wants.
+
+    The executable kernel stands for module and function; registers and spills are 0.
+    """
     text = binary.decode()
     program = Program(text if settings.edit is None else settings.edit(text), name)
     return program, program, 0, 0, 1024

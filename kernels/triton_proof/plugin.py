@@ -193,7 +193,7 @@ def _notes(found: Proof, turn: str, error: AssertionError) -> Iterator[str]:
 
 
 def _judge(found: Proof, known: set[str]) -> None:
-    """Fail the test on what was found and is not known, or is known and was not found."""
+    """Fail the test if it has faults beside the `known` kinds, which its markers name, or lacks one of these."""
     from triton_proof.report import summary
 
     made = {f.kind for f in found._findings}

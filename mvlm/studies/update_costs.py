@@ -35,13 +35,8 @@ WARM, TURNS, STEPS = 20, 8, 5
 """Warm-up steps of each arm, turns that are timed, and steps of a turn; the arms take turns."""
 
 
-<<<<<<< HEAD
 def update_flops(config: PretrainConfig, tokens: float, model: MaskVLMConfig | None = None) -> float:
-    """Count the FLOPs of an update: the whole batch forward and backward, and the matrix products of the optimizer.
-=======
-def update_flops(config: PretrainConfig, tokens: float) -> float:
     """Count the FLOPs of a training step: the whole batch forward and backward, and the optimizer's matrix products.
->>>>>>> wip-wordsa
 
     Muon multiplies matrices, AdamW does not. Only parameters that the objectives give a gradient are updated.
 

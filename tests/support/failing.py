@@ -17,14 +17,15 @@ FORWARD_MODULE, BACKWARD_MODULE = "text_encoder.blocks.0.mlp.up", "image_decoder
 
 @torch.no_grad()
 def overflow_forward(model: Any) -> None:
-    """A linear layer whose products are beyond fp32."""
+    """Fill the weight of a linear layer of the text encoder with 3e38, so that its products overflow fp32."""
     model.text_encoder.blocks[0].mlp.up.weight.fill_(3e38)
 
 
 @torch.no_grad()
 def overflow_backward(model: Any) -> None:
-    """Two linear layers whose product is of ordinary size, while the gradient between them is beyond fp32.
+    """Scale two linear layers of the image decoder so that only the gradient between them overflows fp32.
 
+    Their product keeps its size.
     The weight of MIM has to be 1e16.
     """
     mlp = model.image_decoder.blocks[0].mlp
@@ -34,7 +35,7 @@ def overflow_backward(model: Any) -> None:
 
 
 def change_before(patch: pytest.MonkeyPatch, step: int, change: Callable[[Any], None]) -> None:
-    """Let runs change their model before this step, from 1."""
+    """Let runs call ``change(model)`` before this step. Steps count from 1."""
     one_step = Trainer.one_step
 
     def changed(run: Trainer, batches: Any) -> None:

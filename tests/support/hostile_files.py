@@ -112,7 +112,7 @@ def json_attacks(good: Any) -> Iterator[Attack]:
 
 
 def fields_of(value: Any, depth: int = 2) -> Iterator[tuple[Any, ...]]:
-    """Paths of the fields of a JSON value, two deep; of a list the first entry."""
+    """Paths of the fields of a JSON value, at most `depth` names long. Of a list only the first entry is a field."""
     items = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
     for name, one in items if depth else ():
         yield (name,)
@@ -120,7 +120,7 @@ def fields_of(value: Any, depth: int = 2) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(good: Any, path: tuple[Any, ...], value: Any, remove: bool = False) -> str:
-    """The text of a JSON value with another value at a path, or none."""
+    """Text of the JSON value `good` with `value` at `path`, or with `remove` without the field."""
     found = json.loads(json.dumps(good))
     part = found
     for name in path[:-1]:

@@ -18,7 +18,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, **settings: Any) -> Load
 
 
 def take(loader: Loader, count: int) -> list:
-    """The next batches, with their masks."""
+    """The next `count` pairs (batch, masks) of a loader."""
     return list(itertools.islice(loader, count))
 
 

@@ -8,7 +8,10 @@ from mvlm.model.attention import Attention, Branch
 
 
 def written_out(seen: list[Tensor], attention: Attention) -> Any:
-    """The forward of a layer by explicit softmaxes (B, H, L, M), which are kept in `seen` with their gradients."""
+    """Forward of an attention layer by an explicit softmax, which is appended to `seen` and keeps its gradient.
+
+    It is (B, heads, rows of x, rows of memory).
+    """
 
     def forward(x: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Branch:
         q, k, v = (
@@ -24,7 +27,7 @@ def written_out(seen: list[Tensor], attention: Attention) -> Any:
 
 
 def spans_of(tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    """Tokens of [CLS] and of each word, by encoding the words one by one."""
+    """(first, last + 1) of the tokens of [CLS] and of each word of a text, by encoding the words one by one."""
     spans, position = [(0, 1)], 1
     for word in text.split():
         length = len(tokenizer.encode([word], 40)[0]) - 2

@@ -38,6 +38,6 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
 
 
 def pieces(world: World, number: int) -> list[tuple[Batch, Masks]]:
-    """Microbatches of one rank, cut from the whole batch."""
+    """The `number` microbatches of one rank of `world`, cut from `whole_batch()`: ranks take turns."""
     size = len(LENGTHS) // (world.size * number)
     return [piece(*whole_batch(), (a * world.size + world.rank) * size, size) for a in range(number)]

@@ -65,12 +65,15 @@ def png(side: int = 40) -> bytes:
 
 
 IMAGE = object()
-"""In a question: an image that the visitor has uploaded."""
+"""Stands in a question for an image that the visitor uploads before."""
 META = {"meta": {"_type": "gradio.FileData"}}
 
 
 def filled(value: Any, target: Target, visitor: Visitor) -> Any:
-    """The value with an upload for each IMAGE, the page's folder of secrets for FOLDER, and what functions return."""
+    """Value of a question in which an uploaded image stands for each IMAGE, and the folder of secrets for "FOLDER".
+
+    A function (target, visitor) in it is replaced by its result.
+    """
     if value is IMAGE:
         return visitor.uploaded("x.png", png())
     if isinstance(value, str):
@@ -83,7 +86,10 @@ def filled(value: Any, target: Target, visitor: Visitor) -> Any:
 
 
 def number_of(visitor: Visitor, asker: str) -> int:
-    """Number of the question of a button, or of "kind event": an event of the first component of a kind."""
+    """Number of the function of the page (Gradio's id) that a button calls.
+
+    asker: label of the button, or "KIND EVENT" for an event of the first component of a kind, such as "image select".
+    """
     kind, _, event = asker.partition(" ")
     if not event:
         return visitor.event(asker)["id"]
@@ -93,11 +99,11 @@ def number_of(visitor: Visitor, asker: str) -> int:
 
 
 CHOOSE, CLICK = "radio change", "image select"
-"""Questions of Rebuild: the choice of a part shows an image as the model sees it, a click on it hides a patch."""
+"""Events of the page's tab Rebuild: the choice of a part shows an image as the model sees it, a click hides a patch."""
 
 
 def judge_sentence(said: str) -> str | None:
-    """Faults of a sentence for a visitor."""
+    """Fault of an error message for a visitor: it shows innards, or is no line of at most 300 letters. None if good."""
     if found := INNARDS.search(said):
         return f"it shows {found[0]!r}: {said[:300]}"
     if not said.strip() or "\n" in said.strip() or len(said) > 300:
@@ -106,7 +112,10 @@ def judge_sentence(said: str) -> str | None:
 
 
 def asked(asker: str, *values: Any, **more: Any) -> Act:
-    """An act: a question that has to be refused, in one sentence and without much memory."""
+    """Attack by a question that has to be refused, in one sentence, in time and without much memory.
+
+    asker: see :func:`number_of`. values: arguments of the question, see :func:`filled`.
+    """
 
     def act(target: Target, visitor: Visitor) -> str | None:
         given, number = filled(list(values), target, visitor), number_of(visitor, asker)
@@ -123,7 +132,7 @@ def asked(asker: str, *values: Any, **more: Any) -> Act:
 
 
 def judge(answer: Answer, statuses: tuple[int, ...]) -> str | None:
-    """Faults of an answer that has to have one of these states."""
+    """Fault of an answer that has to have one of these HTTP statuses; None without one."""
     if answer.status not in statuses:
         return f"status {answer.status}: {answer.text[:200]}"
     if answer.seconds > SECONDS:
@@ -140,7 +149,7 @@ def judge(answer: Answer, statuses: tuple[int, ...]) -> str | None:
 
 
 def requested(method: str, path: str, statuses: tuple[int, ...], body: bytes = b"", **headers: str) -> Act:
-    """An act: a request that has to have one of these states."""
+    """Attack by a request whose answer has to have one of these HTTP statuses."""
     given = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda target, visitor: judge(
         visitor.request(method, filled(path, target, visitor), body, given, 2 * SECONDS), statuses

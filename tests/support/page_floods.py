@@ -17,11 +17,14 @@ PATIENCE = 5.0
 HELD = 400
 """Connections that a flood keeps open at most."""
 Flood = Callable[[Visitor], bytes]
-"""What a greedy visitor sends on a connection."""
+"""Function of a greedy visitor: the bytes that this visitor sends on one connection."""
 
 
 def posted(path: str, form: str, missing: bool, new_cookies: bool, body: Callable[[Visitor], bytes]) -> Flood:
-    """Forms or questions, of each of which the last byte may be missing."""
+    """Flood of POST requests. missing: their last byte is not sent, so that they never end.
+
+    new_cookies: each request has a cookie of its own, as of another visitor. form: content type.
+    """
 
     def content(greedy: Visitor) -> bytes:
         cookie = f"{greedy.cookie.partition('=')[0]}={secrets.token_urlsafe(24)}" if new_cookies else greedy.cookie
@@ -35,7 +38,7 @@ def posted(path: str, form: str, missing: bool, new_cookies: bool, body: Callabl
 
 
 def asked(missing: bool = False, new_cookies: bool = False, more: int = 0) -> Flood:
-    """Good questions, with so many numbers in them that mean nothing."""
+    """Flood of good questions (searches), each with `more` numbers that mean nothing. Flags: see :func:`posted`."""
 
     def body(greedy: Visitor) -> bytes:
         question = {"data": ["a", None], "fn_index": greedy.event("Search")["id"], "x": [1] * more}
@@ -45,20 +48,20 @@ def asked(missing: bool = False, new_cookies: bool = False, more: int = 0) -> Fl
 
 
 def asked_much(greedy: Visitor) -> bytes:
-    """The longest question: 1,000 texts."""
+    """Body of the longest question that the page answers: a classification by 1,000 texts."""
     labels, templates = "\n".join(str(i) for i in range(100)), "\n".join(["a {}"] * 10)
     image = {"path": greedy.examples[0]}
     return json.dumps({"data": [image, labels, templates], "fn_index": greedy.event("Classify")["id"]}).encode()
 
 
 def uploaded(missing: bool = False, new_cookies: bool = False) -> Flood:
-    """Images."""
+    """Flood of uploads of an image. Flags: see :func:`posted`."""
     form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + png() + b"\r\n--x--\r\n"
     return posted(f"{API}/upload", "multipart/form-data; boundary=x", missing, new_cookies, lambda _: form)
 
 
 def opened(path: str, times: int = 1) -> Flood:
-    """Pages, several times on each connection."""
+    """Flood of GET requests of a path, `times` on each connection."""
     return lambda greedy: f"GET {path} HTTP/1.1\r\nHost: {greedy.host}:{greedy.port}\r\n\r\n".encode() * times
 
 
@@ -85,13 +88,14 @@ ALONE = [name for name in FLOODS if "many cookies" not in name]
 def flood(
     target: Target, visitor: Visitor, address: str, names: Sequence[str], count: int
 ) -> tuple[list[str], dict[str, float]]:
-    """What goes wrong for a visitor while somebody at an address opens so many connections and sends on each.
+    """Flood the page from `address`, and tell how a visitor fares meanwhile.
 
     Args:
-        names: those of FLOODS, one after another.
+        names: keys of FLOODS, whose requests are sent in turn, one on each connection.
+        count: number of connections.
 
     Returns:
-        What went wrong, and the longest seconds that each of the visitor's acts took.
+        Problems of the visitor, and the longest seconds that each of the visitor's acts took.
     """
     greedy, problems, longest, ended = target.visitor(address), [], dict[str, float](), False
     lines: deque[socket.socket] = deque()

@@ -81,7 +81,7 @@ def write_statements(folder: Path, counts: dict[str, int] | None = None) -> Path
 
 
 def write_captions(folder: Path, counts: dict[str, int] | None = None) -> Path:
-    """Scenes with one caption each."""
+    """Write a data set of scenes with one caption each. counts: split -> number of samples."""
     return _write(folder, counts, lambda split, i: (*scene(i if split == "train" else 3 * i + 1), {}))
 
 

@@ -12,7 +12,10 @@ from typing import Any
 
 
 class LoaderProcess:
-    """A contender: a process that runs `worker`. It is stopped and continued together with its own workers."""
+    """A loader under test: a process that runs `mvlm_benchmarks.data.worker`.
+
+    It is stopped (SIGSTOP) and continued together with its own workers.
+    """
 
     def __init__(self, name: str, recipe: str, data: Path, batch: int, size: int, threads: int = 2) -> None:
         """Start the process, wait for its first batch and stop it. `status` and `note` describe a failure."""

@@ -47,7 +47,10 @@ _SPAWN = multiprocessing.get_context("spawn")
 def write_tars(
     folder: Path, tars: int, samples: int, change: Callable[[int, bytes], bytes] = lambda i, image: image
 ) -> list[Path]:
-    """Tars of so many JPEGs each, with a `.txt`, as other tools write them. `change` is of the number and the image."""
+    """Write `tars` tars of `samples` JPEGs each, with a caption as `.txt` beside each, as other tools write them.
+
+    change: makes the image that is written from its number and the JPEG.
+    """
     build(folder / "built", tars * samples)
     dataset, paths = open_dataset(folder / "built", "train"), []
     for number in range(tars):
@@ -94,7 +97,7 @@ class DelayProxy:
 
     Attributes:
         sent: bytes of all answers.
-        most: requests that waited for an answer, or for the rest of it, at a time, at most.
+        most: largest number of requests that waited at a time for an answer or for the rest of it.
     """
 
     def __init__(self, port: int, target: int, delay: float, sent: Any, most: Any):
@@ -156,7 +159,16 @@ class DelayProxy:
 def load(
     folder: Path, out: Path, rank: int, ranks: int, steps: int, step_s: float, state: Any, sent: Any, others: Any
 ) -> None:
-    """Loader of one rank. Appends to OUT/RANK a line for each step, and writes a state every few steps."""
+    """Run the loader of one rank until it has made `steps` steps.
+
+    Writes a line of JSON to OUT/RANK for each step, and the loader's state to OUT/RANK-STEP.json every STATE_EVERY.
+
+    Args:
+        step_s: seconds of a pause in place of the work of a step.
+        state: of a loader that this one continues; None begins anew.
+        sent: counter of the bytes that the store has sent, read for each line.
+        others: barrier at which the ranks wait for each other after each step.
+    """
     dataset = open_dataset(folder, "train")
     tokenizer = train_tokenizer(["image 0123456789 shows a part of the photograph, with other colours"], 300)
     settings: dict[str, Any] = {"batch_size": BATCH, "image_size": 224, "text_length": 24, "seed": 0}
@@ -205,7 +217,7 @@ class Run:
         return [[json.loads(line) for line in text.splitlines()] for text in texts]
 
     def kill_after(self, step: int) -> int:
-        """Kill all ranks once each has written the state of a step at least as late. Returns the last such step."""
+        """Kill all ranks once each has written the state of this step, a multiple of STATE_EVERY. Returns the step."""
         while not all((self.out / f"{rank}-{step}.json").exists() for rank in range(self.ranks)):
             time.sleep(0.01)
         for process in self.processes:
@@ -217,12 +229,15 @@ class Run:
 
 
 def hashes_of(rows: list[list[dict[str, Any]]]) -> dict[int, list[str]]:
-    """Hashes of the samples of all ranks, by step."""
+    """Step -> hashes of the samples of all ranks in that step. rows: lines of each rank, one for each step."""
     return {lines[0]["step"]: [one for line in lines for one in line["hashes"]] for lines in zip(*rows, strict=True)}
 
 
 def measure(work: Path, tars: int, samples: int, steps: int, step_s: float, delay: float) -> dict[str, Any]:
-    """All that the page says, of a fresh store in the folder `work`."""
+    """Measure linking, a killed run and its resumes, as the module describes, on a new store in the folder `work`.
+
+    Returns the figures that the command prints. step_s: seconds of a step. delay: seconds before each answer.
+    """
     (work / "tars").mkdir()
     paths = write_tars(work / "tars", tars, samples)
     size = sum(path.stat().st_size for path in paths)

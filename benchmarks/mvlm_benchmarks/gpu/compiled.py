@@ -27,7 +27,10 @@ ROUNDS = 5
 
 
 def by_region(model: MaskVLM) -> Contender:
-    """The fast step with compiled feed-forward layers: the module, and `branch`, which post-norm blocks call."""
+    """Contender of the fast implementation in which the feed-forward layers alone are compiled.
+
+    Both their forward and their method `branch`, which post-norm blocks call in its place, are compiled.
+    """
     raise_recompile_limit()  # a step has nine shapes of them
     for module in model.modules():
         if isinstance(module, FeedForward):

@@ -71,12 +71,15 @@ def run(stage: Stage) -> None:
 
 
 def is_of_the_step(case: Case) -> bool:
-    """True for a call of a training step."""
+    """True if a training step makes the call of this case: a core case, or one with certain words in its label."""
     return case.core or any(word in case.label for word in ("packed", "drawn", "unmasked and"))
 
 
 def _further(stage: Stage, table: RowFile) -> None:
-    """Ceilings, SDPA's repeats and the GPU tests."""
+    """Measure the rates that this GPU reaches, compare repeats of SDPA bitwise, and run the GPU tests, as time allows.
+
+    table: file to which their rows are appended.
+    """
     if stage.allows("ceilings"):
         measure_ceilings(stage)
     if stage.allows("SDPA's repeats"):

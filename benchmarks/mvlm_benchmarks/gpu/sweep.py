@@ -74,7 +74,11 @@ def run(stage: Stage) -> None:
 def sweep_target(
     stage: Stage, target: Target, data: CaseData, costs: dict[tuple[str, str], Row], table: RowFile
 ) -> Row:
-    """Check and time all variants of one kernel. Returns `winner`, its `ratio` to the default, and `said`, a text."""
+    """Check and time one kernel with other launch options. Returns `winner`, `ratio` and `said`.
+
+    `winner` has the changed options, none if the default is best; `ratio` is its time over the default's; `said` is a
+    sentence for the log. costs: registers and spills by (target, change as JSON).
+    """
     clock = CpuClock(0.0) if stage.rehearse else CudaClock(8)
     local = LocalContender(data, [ours(data.case, inputs) for inputs in data.sets], clock)
     changes = variants(target.kernel, target.options, few=stage.rehearse)
@@ -122,7 +126,11 @@ def sweep_target(
 
 
 def _turn(local: LocalContender, name: str, turn: int, calls: list[tuple[float, ...]]) -> tuple[float | None, Outcome]:
-    """One turn of a variant: values are checked, before the first turn also the repeats."""
+    """Time a pass once with the launch options in force. Returns (microseconds or None, outcome).
+
+    Timed values are checked; before turn 0 also the results and their bitwise repeats. The times of the calls are
+    appended to `calls`.
+    """
     try:
         if turn == 0:
             bad = [outcome for outcome in local.check().values() if outcome.status != "ok"]

@@ -18,7 +18,10 @@ from mvlm_benchmarks.machine import gpu_arch
 
 
 def warm_up(stage: Stage) -> None:
-    """Compile for the GPU of a stage. A failure is a line of the log: kernels are then compiled when they run."""
+    """Compile all kernels for the GPU of a stage, by this module's command in a process of its own.
+
+    A failure is a line of the log: kernels are then compiled when they run.
+    """
     command = [sys.executable, "-m", "mvlm_benchmarks.gpu.warm", "--batch", str(stage.batch)]
     command += ["--few", "--jobs", "1"] if stage.rehearse else ["--arch", f"sm_{gpu_arch()}"]
     with (stage.out / "warm.txt").open("w") as output:
@@ -30,7 +33,7 @@ def warm_up(stage: Stage) -> None:
 
 @contextmanager
 def warming(stage: Stage) -> Iterator[None]:
-    """Compile beside what the block does, and wait for it at the end."""
+    """Compile all kernels (:func:`warm_up`) in a thread while the block runs, and wait for its end after the block."""
     thread = Thread(target=warm_up, args=(stage,))
     thread.start()
     try:
@@ -40,7 +43,10 @@ def warming(stage: Stage) -> Iterator[None]:
 
 
 def launches(arch: str, batch: int, few: bool) -> list[Any]:
-    """Distinct launches of the step at all of its batches, and of the cases."""
+    """Launches of kernels in training steps and in the benchmark's cases, one for each kernel that has to be compiled.
+
+    batch: pairs of a step, in addition to 32, 64 and 128. few: those of `tiny` at this batch, and of the small cases.
+    """
     # Imported here: it takes TRITON_INTERPRET out of the environment, and a rehearsed stage interprets kernels.
     import torch
 

@@ -67,7 +67,10 @@ class Counter(TorchDispatchMode):
 
 
 class Pairs:
-    """Embeddings of the global batch: those of the first N pairs are this rank's, and all that learns."""
+    """Embeddings of all G pairs, of which the first N are this rank's, with the temperature and the bias of a loss.
+
+    leaves: the tensors that get gradients.
+    """
 
     def __init__(self, rows: int, columns: int, width: int) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -83,9 +86,10 @@ class Pairs:
 
 
 def two_directions(pairs: Pairs, block: int, draw: bool, sigmoid: bool = False) -> Tensor:
-    """Logits of images with all captions and of captions with all images, `block` rows at a time.
+    """Contrastive loss of this rank's pairs, a scalar, from logits of `block` rows at a time in each direction.
 
-    If there are several blocks, backward computes each again.
+    Rows are images with all captions, then captions with all images. If there are several blocks, backward computes
+    the logits of each again. draw: also draw ITM's negatives. sigmoid: the sigmoid loss in place of the softmax.
     """
     losses = []
     for direction, (own, others) in enumerate(((pairs.image, pairs.all_texts), (pairs.text, pairs.all_images))):
@@ -104,7 +108,10 @@ def two_directions(pairs: Pairs, block: int, draw: bool, sigmoid: bool = False) 
 
 
 def ours(pairs: Pairs, draw: bool, sigmoid: bool = False) -> Tensor:
-    """`contrastive_terms`, whose sums ranks would add up."""
+    """Contrastive loss of this rank's pairs, a scalar, by `contrastive_terms`, whose sums ranks would add up.
+
+    draw: also draw ITM's negatives. sigmoid: the sigmoid loss in place of the softmax.
+    """
     terms = contrastive_terms(
         pairs.image, pairs.all_texts, pairs.log_scale, bias=pairs.bias if sigmoid else None, rows=pairs.rows,
         noise_keys=pairs.keys if draw else None,
@@ -145,7 +152,7 @@ def of_open_clip(pairs: Pairs) -> dict[str, Loss]:
 
 
 def contenders(pairs: Pairs) -> dict[str, Loss]:
-    """Implementations by name."""
+    """Implementations of the loss that are compared, by name. Each is a function that returns the loss."""
     block = len(pairs.rows)
     return {
         "contrastive_terms": lambda: ours(pairs, draw=False),

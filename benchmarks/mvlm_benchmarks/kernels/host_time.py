@@ -170,7 +170,11 @@ class NoDriver:
 
 
 def time_launch(launch: tuple[Any, ...], rounds: int) -> tuple[float, float]:
-    """Microseconds of one launch, without the driver: by Triton, and of a known kernel."""
+    """Microseconds of processor time of one launch without the driver, the least of `rounds` rounds, in two ways.
+
+    They are Triton's own launch, and `mvlm_kernels.launch_cache` for a kernel that it has launched before. launch:
+    (kernel, grid, args, meta).
+    """
     from triton.runtime import driver
 
     driver.set_active(NoDriver())  # pyright: ignore[reportArgumentType]

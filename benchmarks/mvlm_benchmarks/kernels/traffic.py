@@ -82,7 +82,7 @@ def samples_of(case: Case) -> tuple[int, int]:
 
 
 def _gelu(batch: int) -> Case:
-    """bfloat16 rows with a float32 bias in front of the GELU. A weight of one row stands for the linear layer."""
+    """Case of `gelu_linear` on bfloat16 rows with a float32 bias in front, whose linear layer has one output only."""
     rows, width = 197 * batch, 4 * PAPER.width
     case = gelu.case(f"{rows} rows of {width}, without products", (rows, width), 1, BF16, BF16, h_bias=torch.float32)
     values, vectors = rows * width, 4 * width
@@ -90,14 +90,14 @@ def _gelu(batch: int) -> Case:
 
 
 def _split(batch: int) -> Case:
-    """Gradients of queries, keys and values, side by side; x is narrow, so that its products cost little."""
+    """Case of `split_linear` whose backward stacks three gradients; x is narrow, so that its products cost little."""
     rows, width, parts = 197 * batch, PAPER.width, 3
     case = split.case(f"{rows} rows of {parts} x {width}, without products", rows, width, parts, BF16)
     return replace(case, minimum=(0, 4 * rows * parts * width + 4 * parts * width))
 
 
 def _split_eager(inputs: Inputs) -> Any:
-    """Backward of three views of one tensor with a bias, without the product."""
+    """Eager function in place of `split_linear`, without its product: views of the bias, repeated for each row of x."""
     parts = inputs.fixed["parts"]
     return lambda x, weight, bias: bias.expand(len(x), -1).unflatten(1, (parts, -1)).unbind(1)
 
@@ -111,12 +111,14 @@ WITHOUT_PRODUCTS = {"gelu_linear": _gelu_eager, "split_linear": _split_eager}
 
 
 def indexed() -> Case:
-    """Three captions to an image, read by key_index. Its backward is two kernels that read every input."""
+    """Case of attention in which three captions read each image by key_index. Its backward is two kernels that read
+    every input.
+    """
     return of_captions(BF16, 2, len_q=32, len_k=197, batch=8, readers=24, index="popular")
 
 
 class Counter:
-    """Sum of the bytes moved."""
+    """Counts the bytes that kernels load and store, in `bytes`. An address counts once in each access."""
 
     def __init__(self) -> None:
         self.bytes = 0

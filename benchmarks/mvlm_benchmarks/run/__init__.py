@@ -1,1 +1,1 @@
-"""The training loop against the bare step: `mvlm bench run`."""
+"""`mvlm bench run`: the training loop against its step alone, which is forward, backward and update."""

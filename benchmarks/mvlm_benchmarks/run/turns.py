@@ -31,9 +31,9 @@ Loaded = tuple[Batch, Masks]
 
 
 class Turns:
-    """Takes the place of `Trainer.one_step`: divides a run into turns, and gives every second one to the bare step.
+    """Takes the place of `Trainer.one_step`: divides a run into turns of the loop and turns of a step alone.
 
-    A round is one turn of each contender, in an order that rotates. The bare step and the loop without the loader
+    A round is one turn of each of CONTENDERS, in an order that rotates. The step alone and the loop without the loader
     repeat the batches of the last turn with the loader, because the number of tokens differs from batch to batch.
 
     Args:
@@ -65,7 +65,7 @@ class Turns:
         return self._length * sum(name != STEP for name in self._order) + 1
 
     def one_step(self, trainer: Trainer, batches: Iterator[Loaded]) -> None:
-        """Make one step of the loop. Before the first step of a turn, make the turns of the bare step."""
+        """Make one step of the loop. Before the first step of a turn, make the turns of the step alone."""
         if self._left == 0:
             self._end_turn(trainer)
             while self._order and self._order[0] == STEP:

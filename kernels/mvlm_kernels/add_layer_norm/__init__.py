@@ -19,7 +19,7 @@ __all__ = ["add_layer_norm"]
 WIDEST = 8192
 """Largest C of the kernels: a row has to fit in registers."""
 OF_SAMPLES = "gate", "scale", "shift"
-"""Vectors that may be those of a sample."""
+"""Arguments that may hold one vector for each sample, (B, C), in place of one for all rows, (C,)."""
 
 
 def _checked(
@@ -57,7 +57,7 @@ def _checked(
 
 
 def _reasons(x: Tensor) -> tuple[Refusal, ...]:
-    """Every reason against the kernels."""
+    """Every reason why no fused kernel runs for a residual stream x (.., C); empty if one does."""
     found = dispatch.reasons_for("add_layer_norm", x.device)
     if x.shape[-1] > WIDEST:
         reason = f"a row has {x.shape[-1]} values, the kernels hold at most {WIDEST} in registers"
@@ -229,7 +229,10 @@ def _times(sums: Any, factor: Tensor | None) -> Any:
 
 
 def _of_vector(of_groups: Any, axes: int, dtype: torch.dtype) -> Tensor:
-    """Gradient of a vector (groups, C), or if it has one axis (C,), from those of all groups, (groups, C)."""
+    """Gradient, in `dtype`, of a vector argument of `axes` axes, from the gradients of all groups of rows.
+
+    of_groups: (groups, C). The result has its shape if axes is 2, and is its sum over the groups, (C,), if axes is 1.
+    """
     if axes == 1:
         of_groups = of_groups[0] if of_groups.shape[0] == 1 else of_groups.sum(0)
     return of_groups.to(dtype)

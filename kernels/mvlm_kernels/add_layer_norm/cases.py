@@ -12,7 +12,7 @@ from mvlm_kernels.add_layer_norm import add_layer_norm
 from mvlm_kernels.case import PAPER, SMALL, Case, Draw, Inputs
 
 FAST = {"pre/fp32+bf16/33x192", "post/bf16/7x384", "adaln/fp32+bf16/3x21x192", "rms-adaln/bf16/2x5x65"}
-"""Cases that are emulated in every suite."""
+"""Labels of the cases that the PTX emulator runs in every run of the tests; longer runs take all emulated cases."""
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TYPES: dict[str, tuple[torch.dtype, torch.dtype | None, torch.dtype]] = {
     "bf16": (BF16, BF16, BF16),
@@ -29,10 +29,13 @@ def oracle(
     y_bias: Tensor | None = None, post_norm: bool = False, gate: Tensor | None = None, scale: Tensor | None = None,
     shift: Tensor | None = None, kind: str = "layer", **_: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Deviations of each row from its mean, or for RMSNorm from zero, over their root mean square."""
+    """Residual stream and norm, as `add_layer_norm` returns them, by other formulas.
+
+    A norm is the deviations of each row from its mean, or for RMSNorm from zero, over their root mean square.
+    """
 
     def repeated(vector: Tensor) -> Tensor:
-        """The vector of each row: that of all, or of its sample."""
+        """Repeat a vector (C,) for every row, or the vectors (B, C) for the rows of their samples: x's shape."""
         return vector.expand(x.shape) if vector.ndim == 1 else torch.stack([v.expand(x.shape[1:]) for v in vector])
 
     added = [summand for summand in (y, y_bias) if summand is not None]
@@ -47,15 +50,15 @@ def oracle(
 
 @dataclass(frozen=True)
 class Vectors:
-    """Vectors of a case beside x and y, and its norm."""
+    """Choice of the optional vectors that a case of `add_layer_norm` passes beside x and y, and of its kind of norm."""
 
     affine: str = "weight bias"
-    """Names of the vectors of the norm."""
+    """Arguments of the norm that are passed: names out of weight and bias, with blanks between."""
     y_bias: bool = True
     samples: str = ""
-    """Names of gate, scale and shift that differ between samples: slices of one tensor, as AdaLN has them."""
+    """Names out of gate, scale and shift that are passed as (B, C): slices of one tensor, as AdaLN has them."""
     channels: str = ""
-    """Names of those that are one vector."""
+    """Names out of gate, scale and shift that are passed as (C,)."""
     kind: str = "layer"
 
 
@@ -63,9 +66,9 @@ NORM, AFTER_BIAS = Vectors(), Vectors(y_bias=False)
 LAYER_SCALE = Vectors(channels="gate", y_bias=False)
 RMS_NORM = Vectors("weight", channels="gate", y_bias=False, kind="rms")
 ADALN = Vectors("", samples="gate scale shift", y_bias=False)
-"""The second norm of a DiT block: norms without weight and bias."""
+"""Vectors of the second norm of a DiT block, which has neither weight nor bias."""
 RMS_ADALN = Vectors("weight", samples="gate scale", y_bias=False, kind="rms")
-"""The second norm of a block of Lumina or Z-Image."""
+"""Vectors of the second norm of a block of Lumina or Z-Image."""
 ALL = Vectors(samples="gate shift", channels="scale")
 MODULATED = {"layer-scale": LAYER_SCALE, "rms": RMS_NORM, "adaln": ADALN, "rms-adaln": RMS_ADALN, "all": ALL}
 
@@ -75,7 +78,11 @@ def case(
     out: torch.dtype | None = BF16, parameters: torch.dtype = FP32, vectors: Vectors = NORM, *,
     post_norm: bool = False, eps: float = 1e-5, multiprocessors: int = 0,
 ) -> Case:  # fmt: skip
-    """x and y of this shape, (B, .., C), in their dtypes; y None leaves out y and y_bias. out: dtype of the norm."""
+    """Case of `add_layer_norm` with x and y of one shape, (B, .., C).
+
+    x, y, out: dtypes of x, of y and of the norm. If y is None, y and y_bias are left out. parameters: dtype of the
+    vectors (C,). multiprocessors: of the emulated GPU, see :class:`mvlm_kernels.case.Case`.
+    """
     (*leading, width), rows = shape, torch.Size(shape[:-1]).numel()
     made, slices, named = out or y or x, vectors.samples.split(), vectors.affine.split()
     named += ["y_bias"] * (y is not None and vectors.y_bias) + vectors.channels.split()
@@ -99,7 +106,7 @@ def case(
     moments = 4 * rows * (1 if vectors.kind == "rms" else 2)
 
     def bytes_of(names: set[str]) -> int:
-        """Bytes of these vectors, as far as the case has them."""
+        """Bytes of the vectors with these names; a vector that the case does not pass counts 0."""
         of_one, of_samples = (len(names.intersection(has)) for has in (named, slices))
         return width * (parameters.itemsize * of_one + shape[0] * (y or x).itemsize * of_samples)
 
@@ -161,7 +168,7 @@ def compiled() -> Iterator[Case]:
 
 
 def emulated() -> Iterator[Case]:
-    """Each program of the backward pass takes several tiles."""
+    """Cases for the PTX emulator, on whose GPU of two multiprocessors a program of backward takes several tiles."""
     sizes = ((197, 768), (33, 192), (7, 384), (5, 1000), (3, 65), (1, 32), (2, 20))
     for post_norm, (name, types), (rows, width) in itertools.product((False, True), TYPES.items(), sizes):
         label = f"{'post' if post_norm else 'pre'}/{name}/{rows}x{width}"
@@ -172,7 +179,7 @@ def emulated() -> Iterator[Case]:
 
 
 def properties(number: int, dtype: torch.dtype, parameters: torch.dtype) -> Iterator[Case]:
-    """Few narrow rows. Another `number` has other sizes."""
+    """Small cases of few narrow rows, whose sizes depend on `number`; see :func:`mvlm_kernels.cases.properties`."""
     shape, types = (2 + number, 3 + number, 8), (parameters, dtype, None, parameters)
     yield case("norm", shape, *types)
     yield case("post-norm", shape, *types, AFTER_BIAS, post_norm=True)

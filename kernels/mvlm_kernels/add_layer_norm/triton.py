@@ -313,7 +313,14 @@ def parts_of(width: int) -> tuple[int, int]:
 def _walking(
     kernel: Any, x: Tensor, groups: int, held: int, limits: tuple[tuple[int, int], ...], warps: int = WARPS, **more: Any
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Grid and options of a kernel that goes over the rows of x (.., C). held: most values of a lane, if a row fits."""
+    """Grid and launch options of a kernel whose programs go over the rows of x (.., C), several rows in a tile.
+
+    Args:
+        groups: number of groups of rows, each with vectors of its own.
+        held: most values that a lane holds; a row that needs more is a tile of its own.
+        limits: pairs of (values of a lane, registers of a thread); the first pair with enough values sets `maxnreg`.
+        more: further compile-time constants.
+    """
     width, rows = x.shape[-1], x.shape[:-1].numel()
     parts, block = parts_of(width)
     block_r = power_of_two(max(1, 32 * warps * held // (parts * block)) + 1) // 2  # the largest that fits
@@ -330,14 +337,20 @@ def _walking(
 
 @functools.lru_cache(maxsize=1024)
 def programs_of_group(tiles: int, groups: int, running: int) -> int:
-    """Programs that share the tiles of each group, where so many programs run at once: for the fewest steps of all."""
+    """Number of programs that share the tiles of a group of rows, chosen so that the whole launch takes fewest steps.
+
+    tiles: of one group. running: programs that the GPU runs at once.
+    """
     fewest = max(1, running // groups)
     steps = {n: ceil_div(groups * n, running) * ceil_div(tiles, n) for n in range(fewest, fewest + 8)}
     return min(tiles, *(n for n, count in steps.items() if count == min(steps.values())))
 
 
 def _vectors(*vectors: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-    """Vectors (C,) or (groups, C) whose values lie side by side, and elements between two groups', 0 for one of all."""
+    """Vectors (C,) or (groups, C), copied where their values do not lie side by side, and the stride between groups.
+
+    The stride is in elements, and 0 for a vector (C,) or None.
+    """
     made = tuple(v if v is None or v.stride(-1) == 1 else v.contiguous() for v in vectors)
     return made, tuple(0 if v is None or v.ndim == 1 else v.stride(0) for v in made)
 

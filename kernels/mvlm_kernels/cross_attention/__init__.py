@@ -51,7 +51,7 @@ __all__ = [
 
 
 class _Options(TypedDict, total=False):
-    """Options of :func:`cross_attention`, for its type."""
+    """Types of the keyword arguments of :func:`cross_attention`."""
 
     key_lengths: Tensor | None
     key_mask: Tensor | None
@@ -83,7 +83,10 @@ def _checked(
     q: Tensor, k: Tensor, v: Tensor, sides: Sides, given: composed.Given, scale: float | None, dropout_p: float,
     seed: int | Tensor | None, backend: str,
 ) -> Options:  # fmt: skip
-    """Check the arguments, and return the numbers of the call. Its seed is the given one."""
+    """Check the arguments, and return the scale, the longest sequences and the dropout of the call.
+
+    given: its max_len_q and max_len_k. No seed is drawn if none is given.
+    """
     check_arguments(q, k, v, sides, *given)
     check_choice("backend", backend, ("auto", "sdpa", "math"))
     rate, given_seed = 0.0, None  # a constant for a compiler, to which dropout_p is symbolic

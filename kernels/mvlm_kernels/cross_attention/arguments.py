@@ -64,11 +64,11 @@ class Options(NamedTuple):
 
 
 FLAT = 12
-"""Number of arguments of an op that :func:`unflattened` takes."""
+"""Number of arguments of a registered op that :func:`unflattened` takes: the fields of `Sides` and `Options`."""
 
 
 def unflattened(flat: tuple[Any, ...]) -> tuple[Sides, Options]:
-    """The two tuples of an op's last FLAT arguments: its schema is flat."""
+    """Make `Sides` and `Options` of the last FLAT arguments of a registered op, whose schema has no nested tuples."""
     # A third of the host's time of Sides(*flat[:7]), which enters a Python function.
     return tuple.__new__(Sides, flat[:7]), tuple.__new__(Options, flat[7:])
 
@@ -287,7 +287,7 @@ def check_values(q: Tensor, k: Tensor, sides: Sides, max_len_q: int, max_len_k: 
 
 
 def check_ranges(k: Tensor, sides: Sides) -> None:
-    """The checks of :func:`check_values` that are not of packed sides."""
+    """Raise ValueError for key_lengths or key_index out of range. On a GPU, reading them waits for the device."""
     if sides.key_lengths is not None:
         _check_range("key_lengths", sides.key_lengths, k.shape[1])
     if sides.key_index is not None:

@@ -29,7 +29,7 @@ FAST = {
     "paper/captions-of-one-image/bf16/splits",
     "paper/cls-packed-index/bf16/whole",
 }
-"""Cases that are emulated in every suite."""
+"""Labels of the cases that the PTX emulator runs in every run of the tests; longer runs take all emulated cases."""
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BF16 = torch.bfloat16
 
@@ -93,7 +93,10 @@ def kept_by_hand(seed: int, b: int, shape: tuple[int, int], keys: int, p: float)
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Description of a call. len_q and len_k are the longest sequences; packed sides draw lengths up to them."""
+    """Description of a call of cross-attention, from which its tensors are drawn.
+
+    len_q and len_k are the longest sequences; packed sides draw lengths up to them.
+    """
 
     len_q: int
     len_k: int
@@ -105,26 +108,27 @@ class Shape:
     width: int = 32
     dtype: torch.dtype = torch.float32
     lengths: bool = False
-    """key_lengths."""
+    """True if the call has key_lengths."""
     mask: bool = False
-    """key_mask."""
+    """True if the call has a key_mask."""
     readers: int = 0
-    """Query sequences that read the key sequences by key_index; 0: each its own."""
+    """Number of query sequences that read the key sequences by key_index; 0: no index, each reads its own."""
     index: Literal["random", "in turn", "popular"] = "random"
-    """Choice of the sequence that each reads: drawn, one after another, or by :func:`popular`."""
+    """Choice of the key sequence that each query sequence reads: drawn, one after another, or by :func:`popular`."""
     packed_q: bool = False
     packed_k: bool = False
     hostile: bool = True
     """Some sequences are empty, keys that do not exist hold NaN, and so do rows behind the last packed sequence."""
     captions: bool = False
-    """Lengths as captions have them, alike on both sides."""
+    """True if lengths are drawn as those of captions (gamma distribution), with the same draws for both sides."""
     layout: Literal["contiguous", "strided", "expanded", "unaligned"] = "contiguous"
-    """strided: slices of wider buffers, heads outermost. expanded: one row for all. unaligned: not to 16 bytes."""
+    """Layout in memory of q, k, v and the output's gradient. strided: slices of wider buffers, heads outermost.
+    expanded: one sequence for all. unaligned: the first byte is at no multiple of 16."""
     ids: torch.dtype = torch.int32
     index_ids: torch.dtype | None = None
     """Dtype of key_index, if it is not that of the other ids."""
     bounded: bool = True
-    """Give max_len_q and max_len_k of packed sides."""
+    """True if the call has max_len_q or max_len_k for a packed side."""
     dropout: bool = False
     seed: int = 0
 
@@ -134,7 +138,7 @@ class Shape:
         return self.readers or self.batch
 
     def inputs(self, device: str, seed: int = 0) -> Inputs:
-        """Tensors of the call.
+        """Draw the arguments of the call on a device.
 
         Rows have no key or at least two: over a single key P is 1 and dS is 0 whatever the inputs, torch makes no error
         at all, and that of a kernel has nothing to be compared with (single keys have a test with other bounds).
@@ -184,7 +188,7 @@ class Shape:
         return lengths
 
     def _bounds(self, side: str, draw: torch.Generator) -> Tensor | None:
-        """Bounds of the sequences of a packed side, on the CPU."""
+        """Offsets cu_seqlens of side "q" or "k", int (sequences + 1,) on the CPU; None if the side is not packed."""
         packed, count, longest = (
             (self.packed_q, self.queries, self.len_q) if side == "q" else (self.packed_k, self.batch, self.len_k)
         )
@@ -197,7 +201,7 @@ class Shape:
         return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(self.ids)
 
     def _rows(self, draw: Draw, side: str, bounds: Tensor | None, heads: int) -> Tensor:
-        """Rows of a side with heads of the case's width."""
+        """Draw q, or k or v: a tensor of side "q" or "k" with so many heads. bounds: its cu_seqlens, None if dense."""
         count, longest = (self.queries, self.len_q) if side == "q" else (self.batch, self.len_k)
         behind = 5 if self.hostile else 0  # of a rounded-up bucket
         leading = (count, longest) if bounds is None else (int(bounds[-1]) + behind,)
@@ -288,7 +292,7 @@ def popular(queries: int, keys: int) -> Tensor:
 
 
 def longest(inputs: Inputs) -> tuple[int, int]:
-    """Longest query and key sequence, as far as the host knows: of :func:`.arguments.longest_sequences`."""
+    """Longest query and key sequence of a case, as far as the host knows, by :func:`.arguments.longest_sequences`."""
     fixed = inputs.fixed
     sides = Sides(cu_seqlens_q=fixed.get("cu_seqlens_q"), cu_seqlens_k=fixed.get("cu_seqlens_k"))
     lengths = fixed.get("max_len_q"), fixed.get("max_len_k")
@@ -311,7 +315,7 @@ SIDES = {
     "long-packed-k": Shape(len_q=17, len_k=149, batch=3, packed_k=True),
     "long-packed-index": Shape(len_q=17, len_k=149, batch=3, packed_k=True, readers=4),
 }
-"""Every feature of both kernel families."""
+"""Small calls by name, which use every feature of both kernel families: for short keys, and for short queries."""
 PAPER = {
     "image-text": Shape(len_q=197, len_k=32, batch=3, heads=2, width=64, lengths=True),
     "text-image": Shape(len_q=32, len_k=197, batch=3, heads=2, width=64),
@@ -326,11 +330,11 @@ PAPER = {
     # [CLS] alone asks in the last block: one query an image, its keys packed and shared by an index.
     "cls-packed-index": Shape(len_q=1, len_k=32, batch=3, readers=5, heads=2, width=64, packed_k=True),
 }
-"""Calls of a training step, few of each."""
+"""Calls of attention in a training step by name, at the paper's lengths, on a few pairs and heads."""
 
 
 def of_captions(dtype: torch.dtype, heads: int = 12, core: bool = False, **sizes: Any) -> Case:
-    """A call with lengths of captions, named by its shape: the longest length; their mean is a third of it."""
+    """Case whose lengths are drawn as those of captions, with a mean of a third of the longest, which its label has."""
     shape = Shape(dtype=dtype, heads=heads, width=64, hostile=False, captions=True, **sizes)
     label = f"B{shape.batch} H{heads} D64 {shape.len_q}x{shape.len_k}"
     if shape.packed_q and shape.packed_k:
@@ -401,7 +405,7 @@ _STEP: dict[str, dict[str, Any]] = {
 
 
 def compiled() -> Iterator[Case]:
-    """Two cases of a label where both sides are short in turn: 197 patches to text, and text to 197 patches.
+    """Cases to compile ahead of time. Two cases may have one label: 197 patches to text, and text to 197 patches.
 
     Labels ``dtype/width/short length/lengths`` have every dtype, width and short length, with key_lengths. The other
     labels of that form have bfloat16, width 64 and short length 32 only. Labels ``step/...`` are the calls of a
@@ -473,7 +477,7 @@ def emulated() -> Iterator[Case]:
 
 
 def properties(number: int, dtype: torch.dtype, parameters: torch.dtype) -> Iterator[Case]:
-    """Few narrow heads. Another `number` has other sizes."""
+    """Small cases of few narrow heads, whose sizes depend on `number`; see :func:`mvlm_kernels.cases.properties`."""
     batch, options = 2 + number, {"dtype": dtype, "hostile": False, "ids": torch.int64}
     yield Shape(len_q=4, len_k=5, batch=batch, heads=2, lengths=True, **options).case("attention")
     yield Shape(

@@ -16,7 +16,7 @@ from mvlm_kernels.cross_attention.packed import Layout, kept_with, layout_of
 from mvlm_kernels.cross_attention.reference import existing, factors_of
 
 Way = Literal["sdpa", "math"]
-"""SDPA, or two matrix products."""
+"""Implementation of attention in torch: SDPA, or "math" for two matrix products with a softmax between."""
 Given = tuple[int | None, int | None]
 """max_len_q and max_len_k of a call."""
 
@@ -26,7 +26,7 @@ _MOST_KEYS_BY_MATH = 128
 
 
 def rule(device: torch.device, dtype: torch.dtype, keys: int, gradients: bool) -> Way:
-    """The faster way: SDPA on every device but a CPU, and there by dtype and size.
+    """The faster of "sdpa" and "math" for a call: SDPA on every device but a CPU, and there by dtype and size.
 
     SDPA's bf16 backward on CPUs runs in scalar code. In fp32 SDPA gains little from a second core where keys are few. A
     forward pass alone is left to SDPA, which is faster on one core. In float64, which is for checks, products have
@@ -83,7 +83,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sides: Sides, options: Options, give
 
 
 def _layout(name: str, x: Tensor, cu_seqlens: Tensor, given: int | None, most: int) -> Layout:
-    """given: longest of the padded rows, or None; most: the longest sequence that is allowed, negative if unknown."""
+    """Places of the packed rows x (T, ...) of side `name`, "q" or "k", among padded ones, kept for later calls.
+
+    given: length to which sequences are padded; None reads the longest. most: the longest sequence that is allowed,
+    negative if unknown.
+    """
 
     def make() -> Layout:
         if dispatch.checks_values(x.device) and registration.has_values(cu_seqlens):
@@ -102,7 +106,10 @@ def _select(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _nan_past_bounds(out: Tensor, sides: Sides, given: Given, layout_q: Layout | None) -> Tensor:
-    """NaN where a sequence is longer than its bound, which on a GPU only the device knows."""
+    """The output with NaN in rows whose query or key sequence is longer than its max_len, which only the GPU knows.
+
+    given: max_len_q and max_len_k, None where not given. layout_q: of packed queries, None for dense ones.
+    """
     packed = (sides.cu_seqlens_q, given[0], None), (sides.cu_seqlens_k, given[1], sides.key_index)
     for bounds, most, index in packed:
         if bounds is None or most is None:
@@ -165,7 +172,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _softmax(q: Tensor, k: Tensor, absent: Tensor | None, scale: float) -> Tensor:
-    """Probabilities (B*Hk, Lk, Lq)."""
+    """Attention probabilities (B*Hk, Lk, Lq), transposed, of q (B*Hk, Lq, D) and k (B*Hk, Lk, D): softmax over Lk.
+
+    absent: (B, Hk, Lk, 1), added to the scores, or None.
+    """
     dtype = _wide(q.dtype)
     unused = q.new_empty(len(q), k.shape[1], q.shape[1], dtype=dtype)
     scores = torch.baddbmm(unused, k.to(dtype), q.to(dtype).transpose(1, 2), beta=0, alpha=scale)

@@ -38,7 +38,10 @@ Heads = tuple[Any, ...]  # a tensor, and its strides of sequence, row and head
 
 
 def heads_of(x: Tensor, packed: bool) -> Heads:
-    """x, with contiguous columns and int32 offsets inside a sequence, and its strides; 0 for a packed sequence's.
+    """Tuple (x, stride of a sequence, of a row, of a head), by which the kernels read x (.., rows, heads, width).
+
+    x is copied if its columns are not contiguous, or if offsets inside a sequence exceed int32. The stride of a
+    sequence is 0 if x is packed.
 
     Strides of heads whose width is no multiple of 16 are multiples of 8, which ``tile_io.head_of`` relies on.
     """
@@ -101,7 +104,7 @@ class _Call:
 
     @property
     def tile_key(self) -> tuple[torch.dtype, str, int, int]:
-        """Arguments of :func:`~mvlm_kernels.cross_attention.tiles.meta` between kernel and length of the long side."""
+        """(dtype, type of device, head width, longest sequence of the short side), by which tiles are chosen."""
         return self.dtype, self.device.type, self.D, self.max_len_k if self.short_keys else self.max_len_q
 
     def meta(self, kernel: Any) -> dict[str, Any]:
@@ -116,7 +119,7 @@ class _Call:
         return long_tiles(self.k_rows, self.k_seqs, self.max_len_k, block)
 
     def partials(self, parts: int, x: Tensor, packed: bool) -> Tensor:
-        """Room for the partial sums of x, (parts, *x.shape)."""
+        """New tensor (parts, *x.shape) for partial sums of x in the accumulator's dtype; zeros if x is packed."""
         partial = torch.empty((parts, *x.shape), dtype=self.acc_dtype, device=self.device)
         return partial.zero_() if packed else partial
 
@@ -164,7 +167,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sides: Sides, options: Options) -> 
 
 
 def _part(partial: Tensor | None, x: Tensor | None, packed: bool) -> Heads | None:
-    """Heads of the first part of partial sums, with the strides of x; None if x is not needed."""
+    """Tuple of :func:`heads_of` for the first part of partial sums, with the strides of x; None if x is None."""
     return None if x is None else (partial, *heads_of(x, packed)[1:])
 
 
@@ -242,7 +245,10 @@ def _long_kv_backward(c: _Call, do: Heads, out: Heads, lse: Tensor, dk: Tensor, 
 def _short_q_backward(
     c: _Call, do: Heads, out: Heads, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
-    """dQ alone if dk is None, else dK, dV and, unless it is None, dQ."""
+    """Launch the backward kernels of the short-Q family, which write dq alone if dk is None, else dk, dv and dq.
+
+    dq may be None beside dk.
+    """
     kernel = short_q_backward_dq if dk is None else short_q_backward
     chosen = c.meta(kernel)
     tiles = ceil_div(c.max_len_q, chosen["BLOCK_M"]) or 1
@@ -264,7 +270,10 @@ def _short_q_backward(
 
 
 def _sum_parts(chosen: dict[str, Any], parts: int, pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> None:
-    """Sum the parts of each (partial sums, result); a result may be None."""
+    """Launch the sum over the first dimension of each (partial sums, result), if there are several parts.
+
+    A result that is None is left out.
+    """
     block = 1024
     for partial, x in pairs:
         if parts > 1 and x is not None:

@@ -14,7 +14,7 @@ from mvlm_kernels.case import LAYOUTS, MEAN, PAPER, SMALL, STD, Case, Draw, Inpu
 from mvlm_kernels.gather_patches import gather_patches
 
 FAST = {"bf16/channels_last/p7"}
-"""Cases that are emulated in every suite."""
+"""Labels of the cases that the PTX emulator runs in every run of the tests; longer runs take all emulated cases."""
 PIXELS = {"uint8": torch.uint8, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,7 +49,10 @@ def case(
     std: Sequence[float] | None = STD,
     ascending: bool = False,
 ) -> Case:
-    """Images of `grid` patches, of which `count` are gathered, None for all. Images in uint8 have no gradient."""
+    """Case of `gather_patches` on images of `grid` patches, of which `count` are gathered, None for all.
+
+    images: dtype of the pixels; in uint8 they have no gradient. dtype: of the result.
+    """
     patches, features = grid[0] * grid[1], channels * patch**2
     chosen, made = patches if count is None else count, dtype or (torch.float32 if images == torch.uint8 else images)
 
@@ -74,7 +77,7 @@ def case(
 def _sized(
     batch: int, dtype: torch.dtype, images: torch.dtype, sizes: Sizes = PAPER, whole: bool = False, core: bool = False
 ) -> Case:
-    """The masked patches, or the whole image."""
+    """Case of images of these sizes, of which the masked patches are gathered, or all if `whole`."""
     chosen = f"all {sizes.patches}" if whole else f"{sizes.masked} of {sizes.patches}"
     label = f"B{batch} {sizes.channels}x{sizes.side}x{sizes.side} p{sizes.patch}, {chosen}, {name_of(images)}"
     count = None if whole else sizes.masked
@@ -121,7 +124,7 @@ def emulated() -> Iterator[Case]:
 
 
 def properties(number: int, dtype: torch.dtype, parameters: torch.dtype) -> Iterator[Case]:
-    """Patches of few pixels. Another `number` has other sizes."""
+    """Small cases of patches of 4 x 4 pixels, whose sizes depend on `number`; see `mvlm_kernels.cases.properties`."""
     batch, count, rows = 2 + number, 3 + number, 2 + number % 2
     values: dict[str, Any] = {"mean": [0.1, 0.2, 0.3], "std": [0.3, 0.5, 0.7], "ids": torch.int64}
     none: dict[str, Any] = {"mean": None, "std": None}

@@ -12,14 +12,14 @@ from mvlm_kernels.case import PAPER, SMALL, Case, Draw, Inputs
 from mvlm_kernels.gelu_linear import gelu_linear
 
 FAST = {"bf16/17x300/bias"}
-"""Cases that are emulated in every suite."""
+"""Labels of the cases that the PTX emulator runs in every run of the tests; longer runs take all emulated cases."""
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RMS = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Bounds of relative errors where weights and products are rounded too."""
 
 
 def oracle(h: Tensor, weight: Tensor, bias: Tensor | None = None, h_bias: Tensor | None = None) -> Tensor:
-    """x Phi(x) of each value by the error function, and a product by einsum."""
+    """Output of `gelu_linear` by other formulas: x Phi(x) of each value by the error function, a product by einsum."""
     x = h if h_bias is None else h + h_bias
     out = torch.einsum("...c,dc->...d", x * (1 + torch.erf(x / math.sqrt(2))) / 2, weight.to(x.dtype))
     return out if bias is None else out + bias
@@ -30,7 +30,7 @@ def case(
     *, bias: torch.dtype | None = None, h_bias: torch.dtype | None = None, frozen: bool = False, spread: float = 3.0,
     scale: float = 1.0, multiprocessors: int = 0,
 ) -> Case:  # fmt: skip
-    """h of this shape, (.., C).
+    """Case of `gelu_linear` with h of this shape, (.., C), and `out` output features.
 
     parameters: dtype of the weight; bias, h_bias: of the two biases, None for none. frozen: the weight has no gradient.
     spread: of h, by default such that its values reach both tails of the GELU. scale: of the weight.
@@ -89,7 +89,7 @@ def compiled() -> Iterator[Case]:
 
 
 def emulated() -> Iterator[Case]:
-    """Each program of the backward pass takes several tiles."""
+    """Cases for the PTX emulator, on whose small GPU each program of the backward pass takes several tiles."""
     sizes = ((197, 1024), (17, 300), (1, 8), (3, 3072))
     for (name, dtype), (rows, width), bias in itertools.product(TYPES.items(), sizes, (True, False)):
         label = f"{name}/{rows}x{width}/{'bias' if bias else 'no-bias'}"
@@ -101,7 +101,7 @@ def emulated() -> Iterator[Case]:
 
 
 def properties(number: int, dtype: torch.dtype, parameters: torch.dtype) -> Iterator[Case]:
-    """Few narrow rows. Another `number` has other sizes."""
+    """Small cases of few narrow rows, whose sizes depend on `number`; see :func:`mvlm_kernels.cases.properties`."""
     batch, rows = 2 + number, 3 + number
     yield case("gelu", (batch, rows, 8), 4, dtype, parameters, bias=parameters, spread=1.0)
     yield case("gelu of rows", (rows, 8), 4, dtype, parameters, spread=1.0)

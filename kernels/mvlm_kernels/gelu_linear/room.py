@@ -48,7 +48,10 @@ class Room:
         self._updated = True
 
     def take(self, size: int) -> "Held | None":
-        """Bytes of a GELU that is saved from now on, or None if they do not fit."""
+        """Take `size` bytes for a GELU that is saved, and return the object that gives them back.
+
+        Returns None if they do not fit, or if the room has not been measured yet.
+        """
         with self._lock:
             if self._room is None:
                 self._updates, self._updated = self._updates + self._updated, False
@@ -61,7 +64,7 @@ class Room:
         return Held(self, size)
 
     def give_back(self, size: int) -> None:
-        """Take back the bytes of a GELU that nobody needs any more."""
+        """Count the `size` bytes of a saved GELU as free again."""
         with self._lock:
             self._held -= size
 
@@ -82,7 +85,7 @@ class Held:
 
 
 def _left_free(index: int) -> int:
-    """Bytes of a GPU that were free at the peak so far, of the whole GPU and for all its users."""
+    """Bytes of GPU number `index` that were free at the peak of memory so far, processes of others counted too."""
     # What torch's allocator held then and has given back since is wanted again.
     given_back = torch.cuda.max_memory_reserved(index) - torch.cuda.memory_reserved(index)
     return torch.cuda.mem_get_info(index)[0] - given_back
@@ -96,7 +99,7 @@ def _room(index: int) -> Room:
 
 
 def room_of(device: torch.device) -> Room | None:
-    """Room of a GPU; None for other devices, and under a compiler."""
+    """Room for saved GELUs on a GPU; None for other devices, and while torch.compile traces."""
     return _room(device.index) if device.type == "cuda" and not torch.compiler.is_compiling() else None
 
 

@@ -41,11 +41,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True)
 class Form:
-    """A form of module that an op can compute.
+    """Kind of module that an op can compute, known by the code of its forward.
 
     forward: the fused forward. why_not: reason why it cannot replace this module's own; None if it can. explain: gives
-    `calls.note` the op's arguments for a call of the module, and that reason. fused: what is one call of an op in this
-    module. node: torch.fx does not look into the module, whose calls are one node each.
+    `calls.note` the op's arguments for a call of the module, and that reason. fused: layers of this module that one
+    call of an op computes, in words. node: torch.fx does not look into the module, whose calls are one node each.
     """
 
     forward: Callable[..., Tensor]
@@ -96,7 +96,7 @@ def _empty(original: type[nn.Module]) -> nn.Module:
 
 @functools.cache
 def swapped_class(original: Any) -> Any:
-    """Subclass with the fused forward, of a class of a known form; by the names of that class."""
+    """Subclass with the fused forward of a module class of a known form. It has that class's name and docstring."""
     form = form_of(original)
     assert form is not None
 
@@ -156,7 +156,10 @@ def _why_not_eva_block(block: Any) -> Refusal | None:
 
 
 def _why_not_behind_gate(drop_path: Any) -> Refusal | None:
-    """The op multiplies by LayerScale's vector after this module, which must not matter to it."""
+    """Reason why LayerScale's vector cannot be multiplied after `drop_path` in place of before it; None if it can.
+
+    The op multiplies after it. Identity and DropPath give the same either way.
+    """
     return why_not_replaced(drop_path, nn.Identity, *_of_timm("drop", "DropPath"))
 
 
@@ -317,7 +320,7 @@ def form_of(kind: type[nn.Module]) -> Form | None:
 
 
 def _forms() -> list[tuple[type[nn.Module], Form]]:
-    """Known classes of the libraries that are imported."""
+    """(class, form) of each module class of timm and transformers that an op can compute, if they are imported."""
     found: list[tuple[type[nn.Module], Form]] = []
     if "timm" in sys.modules:
         from timm.layers.mlp import Mlp

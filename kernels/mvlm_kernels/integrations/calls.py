@@ -27,10 +27,10 @@ ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model that a swap looked at.
+    """One module of a model that a swap, which lets our kernels compute modules, looked at.
 
     path: name of the module in the model, "" for the model itself. kind: class of the module. reason: why it was left
-    as it was; None if it was swapped. fused: what is one call of an op in a swapped part; "" for all of it.
+    as it was; None if it was swapped. fused: layers of a swapped module that one call of an op computes; "" for all.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass
 class SwapReport:
-    """Parts of a model that a swap looked at, in the model's order.
+    """Modules ("parts") of a model that a swap looked at, in the model's order.
 
     ``str(report)`` has one line a part. :meth:`undo` puts everything back. :meth:`explain` says which calls the kernels
     compute for given inputs: a swapped part may have none.
@@ -192,7 +192,7 @@ class ModelExplanation:
 
 
 class _Listener:
-    """Receives the calls of swapped modules. as_if: see :func:`explain_swapped`."""
+    """Collects the calls of a model's swapped modules in `calls`. as_if: see :func:`explain_swapped`."""
 
     def __init__(self, model: torch.nn.Module, as_if: str | None) -> None:
         self.paths = {id(module): path for path, module in model.named_modules()}
@@ -211,9 +211,9 @@ def listening() -> bool:
 def note(
     module: torch.nn.Module, op: Callable[..., Any], own: Sequence[Refusal | None], *args: Any, **kwargs: Any
 ) -> None:
-    """Tell of a call of a swapped module, while a model is explained.
+    """Record a call of a swapped module, and why the op does not compute it, while :func:`explain_swapped` runs.
 
-    own: reasons of the module against the op, which would be called with the other arguments.
+    own: reasons of the module itself against the op; None is no reason. args, kwargs: the op's arguments.
     """
     listener = _listener
     if listener is None:

@@ -33,7 +33,10 @@ def explain_model(model: nn.Module, inputs: Any, *, as_if: str | None = None) ->
 
 
 def _swaps(model: nn.Module) -> list[Callable[[nn.Module], SwapReport]]:
-    """The swaps that are for a model, of the libraries that are imported."""
+    """Functions that swap modules of a model: :func:`swap_blocks`, and those of timm and transformers if imported.
+
+    That of transformers is left out for a model without a ``PreTrainedModel``.
+    """
     found: list[Callable[[nn.Module], SwapReport]] = [swap_blocks]
     if "timm" in sys.modules:
         from mvlm_kernels.integrations import timm

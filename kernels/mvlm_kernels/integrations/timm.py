@@ -158,7 +158,10 @@ def why_not_read(proj: nn.Module) -> Refusal | None:
 
 
 def why_not_swapped(module: nn.Module, *values: Sequence[float] | Tensor | None) -> Refusal | None:
-    """Reason why a module cannot become a :class:`GatherPatchEmbed` with these values of channels; None if it can."""
+    """Reason why a module cannot become a :class:`GatherPatchEmbed`; None if it can.
+
+    values: its mean and std, one number for each channel, or None.
+    """
     if isinstance(module, GatherPatchEmbed):
         return ALREADY_SWAPPED
     if type(module) is not PatchEmbed:

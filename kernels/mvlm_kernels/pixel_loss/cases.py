@@ -16,7 +16,7 @@ from mvlm_kernels.gather_patches import cases as patches
 from mvlm_kernels.pixel_loss import masked_pixel_loss
 
 FAST = {"masked/bf16/l1/raw/mean/p16", "masked/bf16/mse/normalized/none/p16"}
-"""Cases that are emulated in every suite."""
+"""Labels of the cases that the PTX emulator runs in every run of the tests; longer runs take all emulated cases."""
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = ("l1", "mse")
 
@@ -56,7 +56,7 @@ def case(
     ascending: bool = False,
     far: bool = False,
 ) -> Case:
-    """Predictions of `count` patches of the images, None for all.
+    """Case of `masked_pixel_loss` with predictions of `count` patches of each image, None for all.
 
     far: predictions lie far from all pixels, so that no sign of an L1 term depends on rounding. strided: they are every
     second value of a buffer.
@@ -122,7 +122,7 @@ def emulated() -> Iterator[Case]:
 
 
 def properties(number: int, dtype: torch.dtype, parameters: torch.dtype) -> Iterator[Case]:
-    """Few predictions of uint8 images. Another `number` has other sizes."""
+    """Small cases of uint8 images, whose sizes depend on `number`; see :func:`mvlm_kernels.cases.properties`."""
     grid = 2 + number % 2, 2 + number % 2
     options: dict[str, Any] = {"mean": None, "std": None, "ids": torch.int64}
     for label, kind, reduction in (("loss", "mse", "mean"), ("loss, l1 of each patch", "l1", "none")):

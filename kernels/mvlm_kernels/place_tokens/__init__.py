@@ -21,7 +21,7 @@ def _checked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:  # fmt: skip
     """Check the arguments.
 
-    Returns the four tensors as (B, N or K, C), (C,), (1+N, C) and (C,), and with_unmasked.
+    Returns tokens (B, N or K, C), mask_token (C,), pos_embed (1+N, C) and cls_token (C,), and with_unmasked as a bool.
     """
     check_tensor("tokens", tokens)
     device = tokens.device

@@ -16,7 +16,7 @@ from mvlm_kernels.case import PAPER, SMALL, Case, Draw, Inputs, Sizes, name_of
 from mvlm_kernels.place_tokens import place_tokens
 
 FAST = {"visible/bf16/2x5x130", "masked/bf16-fp32-parameters/2x5x130"}
-"""Cases that are emulated in every suite."""
+"""Labels of the cases that the PTX emulator runs in every run of the tests; longer runs take all emulated cases."""
 TYPES = {
     "bf16": (torch.bfloat16, None),
     "fp16": (torch.float16, None),
@@ -24,14 +24,18 @@ TYPES = {
     "bf16-fp32-parameters": (torch.bfloat16, torch.float32),
 }
 Mode = Literal["all", "masked", "both", "visible"]
-"""A token for every patch, of which none or some are masked, or both sequences; or for the visible patches alone."""
+"""Kind of call. all: a token for every patch, and no mask. masked: some of these tokens are masked. both: the sequences
+without and with masks. visible: tokens of the visible patches alone."""
 
 
 def oracle(
     tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor, masked: Tensor | None = None,
     visible_ids: Tensor | None = None, with_unmasked: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Rows of a table [CLS], mask token, tokens, chosen by number for each position, plus the position embeddings."""
+    """Output of `place_tokens` by another formula.
+
+    For each position, a row is chosen by number out of [CLS], mask token and tokens, and its position embedding added.
+    """
     if with_unmasked:
         plain = oracle(tokens, mask_token, pos_embed, cls_token)
         return torch.cat([plain, oracle(tokens, mask_token, pos_embed, cls_token, masked)])
@@ -65,7 +69,7 @@ def case(
     parameters: torch.dtype | None = None, *, visible: int = 0, count: int | None = None, share: float = 0.5,
     layout: str = "contiguous", ids: torch.dtype = torch.int32, ascending: bool = False,
 ) -> Case:  # fmt: skip
-    """Sequences of (1 + patches, width).
+    """Case of `place_tokens` with `batch` sequences of (1 + patches, width).
 
     parameters: dtype of mask token, [CLS] and position embeddings, if it is not that of the tokens. visible: number of
     visible patches. count, share: masked patches, exactly or about. layout: of tokens and gradients, contiguous,
@@ -118,7 +122,7 @@ def sized(
     batch: int, dtype: torch.dtype, mode: Mode, parameters: torch.dtype | None = None, *, core: bool = False,
     sizes: Sizes = PAPER,
 ) -> Case:  # fmt: skip
-    """Half of the patches are masked, or a quarter is visible."""
+    """Case in which half of the patches are masked, or in mode "visible" a quarter of them is visible."""
     patches, visible = sizes.patches, sizes.patches // 4
     tokens = f"{visible} of {patches} visible" if mode == "visible" else f"half of {patches} masked"
     tokens = f"unmasked and {tokens}" if mode == "both" else tokens
@@ -165,7 +169,7 @@ def emulated() -> Iterator[Case]:
 
 
 def properties(number: int, dtype: torch.dtype, parameters: torch.dtype) -> Iterator[Case]:
-    """Few narrow tokens. Another `number` has other sizes."""
+    """Small cases of few narrow tokens, whose sizes depend on `number`; see :func:`mvlm_kernels.cases.properties`."""
     patches = (2 + number % 2) ** 2
     modes: dict[str, Mode] = {"": "all", ", masked": "masked", ", both": "both", ", visible": "visible"}
     for name, mode in modes.items():

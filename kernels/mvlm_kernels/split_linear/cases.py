@@ -10,11 +10,11 @@ from mvlm_kernels.case import Case, Draw, Inputs
 from mvlm_kernels.split_linear import split_linear
 
 FAST = {"bf16/3x17x300"}
-"""Cases that are emulated in every suite."""
+"""Labels of the cases that the PTX emulator runs in every run of the tests; longer runs take all emulated cases."""
 
 
 def oracle(x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """One product a part, of one head."""
+    """Output of `split_linear` with one head, (.., 1, W) for each part: a product for each part, by einsum."""
     rows = zip(weight.tensor_split(parts), bias.tensor_split(parts), strict=True)
     return tuple((torch.einsum("...c,wc->...w", x, w) + b).unsqueeze(-2) for w, b in rows)
 
@@ -24,7 +24,7 @@ def ours(x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> tuple[Tensor, .
 
 
 def case(label: str, rows: int, width: int, parts: int, dtype: torch.dtype, *, multiprocessors: int = 0) -> Case:
-    """x (R, 8), cut into parts (R, W)."""
+    """Case of `split_linear` that maps x (R, 8) to `parts` outputs (R, W)."""
 
     def make(device: str, seed: int = 0) -> Inputs:
         draw = Draw(device, seed)
@@ -47,7 +47,7 @@ def small(dtype: torch.dtype) -> list[Case]:
 
 
 def compiled() -> Iterator[Case]:
-    """Gradients of queries, keys and values, and of keys and values alone."""
+    """Cases of two parts, as keys and values alone, and of three, as queries, keys and values."""
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for parts in (2, 3):
             yield case(f"{name}/768/{parts}", 64 * 197, 768, parts, dtype)

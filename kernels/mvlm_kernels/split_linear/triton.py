@@ -12,7 +12,8 @@ from mvlm_kernels.language import accumulator, sum_columns, walking, widen
 
 BLOCK_R, BLOCK_C, WARPS = 8, 256, 4
 REGISTERS = 64
-"""Most of a thread, for 8 programs of a multiprocessor. Without a limit it is 48 in 16 bits, 56 to 64 in float32."""
+"""Most registers of a thread, so that a multiprocessor holds 8 programs. Without this limit the kernel takes 48 in 16
+bits, and 56 to 64 in float32."""
 
 
 @triton.jit(do_not_specialize=["R"])

@@ -9,7 +9,7 @@ MANY_CTAS = -1  # as a CTA: several CTAs read the element
 
 
 class Shadows:
-    """Who stored to and who loaded each granule last: CTA + 1 (0: nobody), step, and thread."""
+    """Last store and last load of each granule of memory, the bytes of an element: CTA + 1 (0: none), step, thread."""
 
     def __init__(self, granules: int) -> None:
         self.writer, self.reader = np.zeros(granules, np.int32), np.zeros(granules, np.int32)

@@ -65,7 +65,7 @@ def accumulators(function: Function) -> set[int]:
 
 
 def stores_of_reductions(function: Function) -> set[int]:
-    """Identities of the stores of a sum, or of another reduction of floats, over the lanes of a warp.
+    """`id()` of each store instruction that stores a sum, or another reduction of floats, over the lanes of a warp.
 
     All lanes should have the same value, and do but for the order in which each took the operands.
     """

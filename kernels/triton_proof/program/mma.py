@@ -18,7 +18,10 @@ _NAME = re.compile(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col(?:\.satfinite)?\.
 
 
 def build(program: Any, ins: Instruction) -> Step:
-    """A is [[a0, a2], [a1, a3]] and B transposed is [b0, b1], in blocks of 8 rows. D = A B + C."""
+    """Step that executes an ``mma`` instruction, D = A B + C. Raises UnsupportedPTX for another form.
+
+    Of registers a0 to a3 and b0, b1, A is [[a0, a2], [a1, a3]] and B transposed is [b0, b1], in blocks of 8 rows.
+    """
     found = _NAME.fullmatch(ins.opcode)
     if not found:
         raise UnsupportedPTX(ins.opcode)

@@ -55,7 +55,7 @@ def operand_addresses(descriptor: int, rows: int, k: int, size: int, rows_contig
 
 
 def build(program: Any, ins: Instruction) -> Step:
-    """D = A B + D, or A B where the predicate ``scale-d`` is false."""
+    """Step that executes a ``wgmma`` instruction: D = A B + D, or D = A B where the predicate ``scale-d`` is false."""
     found = _NAME.fullmatch(ins.opcode)
     if not found or found[3] != found[4]:
         raise UnsupportedPTX(ins.opcode)

@@ -18,7 +18,10 @@ from triton_proof.scalar.operands import Getter, Reader
 
 
 def build(ins: Instruction, get: Reader) -> Getter:
-    """The value that a scalar instruction computes. Raises UnsupportedPTX."""
+    """Function of the machine that computes the value of a scalar instruction. Raises UnsupportedPTX.
+
+    get: makes readers of operands.
+    """
     if ins.name == "cvt":
         return conversions.build(ins, get)
     form = Form(ins, get)

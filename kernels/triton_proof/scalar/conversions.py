@@ -13,7 +13,7 @@ _MODES = {"rn", "rz", "rna", *_TO_WHOLE}
 
 
 def build(ins: Instruction, get: Reader) -> Getter:
-    """The value of a ``cvt``. Raises UnsupportedPTX for a form that is not understood."""
+    """Function of the machine that computes the value of a ``cvt``. Raises UnsupportedPTX for an unknown form."""
     kinds = [p for p in ins.parts[1:] if p in TYPE_BITS]
     modes = [p for p in ins.parts[1:] if p in _MODES]
     if set(ins.parts[1:]) - set(kinds) - set(modes) - {"ftz", "sat", "relu", "satfinite"} or len(kinds) < 2:

@@ -14,7 +14,7 @@ SEED = 0x1234_5678_9ABC_DEF1
 
 @dataclass
 class Drawn:
-    """A call, and the description of what was drawn."""
+    """A random call of attention: q, k and v, the output's gradient, the other arguments, and a description of all."""
 
     tensors: tuple[Any, Any, Any]  # q, k, v
     grad: Tensor
@@ -42,7 +42,10 @@ def draw_call(number: int) -> Drawn:
         options |= {"dropout_p": draw.choice([0.1, 0.5, 0.9]), "seed": draw.choice([SEED, 0, torch.tensor([7])])}
 
     def side(form: str, seqs: int, longest: int, count: int, name: str) -> tuple[int, Tensor]:
-        """Number of rows of all sequences, and the tensor that holds them."""
+        """Draw one side, q or k, and add its lengths to the options. Returns its number of rows and its tensor.
+
+        form: "dense" or "packed". count: number of heads. name: "q" or "k". Rows past the last sequence are NaN.
+        """
         lengths = [longest] * seqs
         if form != "dense":
             lengths = [draw.choice([0, 1, longest // 2, longest]) for _ in range(seqs)]
@@ -61,7 +64,7 @@ def draw_call(number: int) -> Drawn:
         return bounds[-1], rows
 
     def like(form: str, x: Tensor, rows: int) -> Tensor:
-        """Values in x's shape, and NaN behind the last packed sequence."""
+        """Draw values of x's shape, with NaN behind the last packed sequence. rows: number of rows of all sequences."""
         drawn = torch.randn((rows, *x.shape[-2:]), generator=torch_draw, dtype=torch.float64)
         if form == "dense":
             return drawn.view_as(x)

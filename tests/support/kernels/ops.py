@@ -17,7 +17,10 @@ REGISTERED = {"gelu_linear": "gelu"}
 
 
 class Row(NamedTuple):
-    """ours and plain take the tensors, which get gradients, and the constants by name."""
+    """A call of an op, and the same by its oracle.
+
+    Both functions, `ours` and `plain`, take the tensors by position, which get gradients, and the constants by name.
+    """
 
     op: str
     ours: Callable[..., Any]
@@ -35,7 +38,10 @@ class Row(NamedTuple):
 
 
 def rows(number: int = 0, mixed: bool = False) -> dict[str, Row]:
-    """The table in float64, or mixed as under autocast. Another `number` has other sizes."""
+    """Small calls of every op by name, in float64, or `mixed`, in bfloat16 and float32 as under autocast.
+
+    Sizes depend on `number`.
+    """
     types = (torch.bfloat16, torch.float32) if mixed else (torch.float64, None)
     found = {}
     for name, case in cases.properties(number, *types).items():
@@ -53,7 +59,7 @@ ROWS = rows()
 
 
 def total(outputs: Any) -> Tensor:
-    """A scalar of all outputs, whose gradient is another in each element."""
+    """Sum of the scalar outputs and of the squares of all others: a scalar whose gradient differs between elements."""
     found = [x.square().sum() if x.dim() else x for x in distinct(outputs)]
     return sum(found[1:], found[0])
 
@@ -63,7 +69,7 @@ def distinct(outputs: Any) -> list[Tensor]:
 
 
 def loss_and_gradients(function: Callable[..., Any], row: Row, leaves: Iterable[Tensor] | None = None) -> list[Tensor]:
-    """Outputs, and the gradients of their total."""
+    """Outputs of a function on a row's arguments, then the gradients of their :func:`total` for all its tensors."""
     inputs = row.leaves() if leaves is None else list(leaves)
     outputs = function(*inputs, **row.constants)
     grads = torch.autograd.grad(total(outputs), inputs, allow_unused=True, materialize_grads=True)

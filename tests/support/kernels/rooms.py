@@ -10,7 +10,7 @@ from mvlm_kernels.gelu_linear.room import SHARE, Held, Room
 
 
 class Sizes(Room):
-    """Room for all GELUs. sizes: bytes of each that has asked."""
+    """Room for saved GELUs in which all fit. sizes: bytes of each GELU that was to be saved, in order."""
 
     def __init__(self) -> None:
         super().__init__(lambda: 1 << 40)
@@ -30,7 +30,7 @@ def _measure(found: Room) -> None:
 
 @contextmanager
 def room_for(size: int) -> Iterator[None]:
-    """Tensors on the CPU have room for GELUs of so many bytes, as on a GPU after its first steps."""
+    """Inside the block, GELUs of `size` bytes together are saved for backward, by the rule for GPUs, also on a CPU."""
     found = Room(lambda: int(size / SHARE) + 1)
     _measure(found)
     with patch.object(room, "room_of", lambda _: found):
@@ -38,7 +38,10 @@ def room_for(size: int) -> Iterator[None]:
 
 
 def every_room(step: Callable[[], object]) -> list[int]:
-    """Rooms in bytes: for none of the GELUs that a step without checkpointing saves, for each number, and between."""
+    """Bytes for none, for the first, for the first two ... of the GELUs that a step saves, and sizes in between.
+
+    step: runs forward and backward without activation checkpointing.
+    """
     found = Sizes()
     with patch.object(room, "room_of", lambda _: found):
         step()

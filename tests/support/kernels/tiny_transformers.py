@@ -15,7 +15,7 @@ BATCH, LENGTH = 2, 12
 
 
 def _each(value: float, names: str) -> dict[str, float]:
-    """The same value under several names."""
+    """Dict that has one value under each of several names. names: with blanks between."""
     return dict.fromkeys(names.split(), value)
 
 
