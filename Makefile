@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= data/emoji
 RUN    ?= runs/demo
-STEPS  ?= 550
+STEPS  ?= 590
 PRESET ?= small
 
 # Each of the hundreds of processes that tests start would compile every module of this repository again.
@@ -42,7 +42,8 @@ $(DATA)/dataset.json: | $(VENV)/.demo
 
 ## demo            build the emoji data set, pretrain on it, evaluate, write a report
 demo: $(VENV)/.demo $(DATA)/dataset.json
-	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --model.image-size 64 --max-steps $(STEPS) --eval-every-steps 200 --resume
+	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --model.image-size 64 --max-steps $(STEPS) --mim-weight 8 \
+	    --model.mim-loss mse --model.mim-rows masked --eval-every-steps 200 --resume
 	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
 	$(BIN)/mvlm report $(RUN)
 	@echo "Open $(RUN)/report.html in a browser. Ask the model on a page of its own with: make app"

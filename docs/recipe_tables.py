@@ -65,7 +65,7 @@ def curves() -> Rows:
             "emoji, 64 pixels, 128 pairs a step",
             "`tiny`",
             "R@1",
-            f"{of_demo:.1f} after 550 steps ({len(demo)} seeds)",
+            f"{of_demo:.1f} after 590 steps ({len(demo)} seeds)",
             "`make demo`",
         ],
         [

@@ -133,7 +133,7 @@ def demo_retrieval() -> str:
 
 
 def demo_seeds() -> str:
-    """The demo's figures by seed."""
+    """The demo's figures by seed, and their means."""
     head = [
         "seed",
         "image to text R@1",
@@ -142,13 +142,21 @@ def demo_seeds() -> str:
         "text gain, nats",
         "pixel gain, %",
     ]
-    rows = [head]
-    for seed, figures in demo().items():
-        recall = [f"{figures[way]['r1']:.1f}" for way in ("tr", "ir")]
-        unseen = " and ".join(f"{figures['unseen'][way]['r10']:.1f}" for way in ("tr", "ir"))
-        gains = [f"{figures['gain_text_nats']:.2f}", f"{figures['gain_pixels_pct']:.1f}"]
-        rows.append([seed, *recall, unseen, *gains])
-    return markdown(rows)
+    found = {
+        seed: [
+            *(figures[way]["r1"] for way in ("tr", "ir")),
+            *(figures["unseen"][way]["r10"] for way in ("tr", "ir")),
+            figures["gain_text_nats"],
+            figures["gain_pixels_pct"],
+        ]
+        for seed, figures in demo().items()
+    }
+    found["mean"] = [fmean(values) for values in zip(*found.values(), strict=True)]
+    rows = [
+        [seed, f"{tr:.1f}", f"{ir:.1f}", f"{of_images:.1f} and {of_texts:.1f}", f"{text:.2f}", f"{pixels:.1f}"]
+        for seed, (tr, ir, of_images, of_texts, text, pixels) in found.items()
+    ]
+    return markdown([head, *rows])
 
 
 def demo_gain() -> str:
@@ -559,7 +567,7 @@ def another_artist() -> str:
         ["trained on", *(f"{test}, {way}" for test in ("OpenMoji", "Twemoji") for way in ways), "masked L1 on Twemoji"]
     ]
     for run, name in (
-        ("demo", "OpenMoji: the demo"),
+        ("openmoji-550", "OpenMoji, 550 steps"),
         ("fluent-550", "OpenMoji and Fluent, 550 steps"),
         ("fluent-1100", "OpenMoji and Fluent, 1100 steps"),
     ):

@@ -18,6 +18,8 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import pad_to_bucket
 from mvlm.model.shadow_weights import shadow_weights, using
 from mvlm.objectives.losses import Losses
+from mvlm.objectives.pretraining import ALL, ITC, ITM
+from mvlm.objectives.step import Objective
 from mvlm_benchmarks.step.inputs import PaddedBatch, draw_negatives, make_batch, pad_batch
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels.shadows import Shadows
@@ -35,12 +37,18 @@ BASELINES: "dict[str, Cross]" = {
 MATH = "timm+roberta-math"
 """The baseline under torch's `sdpa_kernel(SDPBackend.MATH)`. On a CPU in bf16 the backward pass of SDPA's own kernel
 takes several times as long."""
-IMPLEMENTATIONS: dict[str, Literal["plain", "fast"]] = {"plain": "plain", "fast": "fast", "drop_masked": "fast"}
+OTHER_METHODS: dict[str, tuple[dict[str, Any], tuple[Objective, ...]]] = {
+    "drop_masked": ({"drop_masked": True}, ALL),
+    "masked_rows": ({"mim_rows": "masked"}, ALL),
+    "itc_itm": ({}, (ITC(), ITM())),
+}
+"""Contenders whose method and losses are others -> changes of the configuration, and objectives."""
+IMPLEMENTATIONS: dict[str, Literal["plain", "fast"]] = {"plain": "plain", "fast": "fast"} | dict.fromkeys(
+    OTHER_METHODS, "fast"
+)
 """Our contenders -> argument `plan` of the model."""
-DROP_MASKED = "drop_masked"
-"""Contender with another method and other losses: masked patches are left out of the encoder."""
 COMPILED = ("timm+roberta-compiled", "timm+decoder-layer-compiled", "timm+roberta-math-compiled", "fast-compiled")
-CONTENDERS = (*BASELINES, *COMPILED[:-1], "plain", "fast", "fast-compiled", "drop_masked")
+CONTENDERS = (*BASELINES, *COMPILED[:-1], "plain", "fast", "fast-compiled", *OTHER_METHODS)
 
 
 class StepInputs(NamedTuple):
@@ -77,7 +85,12 @@ def make_module(contender: str, config: MaskVLMConfig) -> nn.Module:
         from mvlm_benchmarks.step.baselines import Baseline
 
         return Baseline(config, BASELINES[name])
-    return MaskVLM(replace(config, drop_masked=name == DROP_MASKED))
+    return MaskVLM(replace(config, **_method(name)[0]))
+
+
+def _method(name: str) -> tuple[dict[str, Any], tuple[Objective, ...]]:
+    """Changes of the configuration, and objectives, of one of our contenders."""
+    return OTHER_METHODS.get(name, ({}, ALL))
 
 
 def compute_losses(contender: str, module: Any, inputs: StepInputs) -> Losses:
@@ -90,7 +103,7 @@ def compute_losses(contender: str, module: Any, inputs: StepInputs) -> Losses:
         with sdpa_kernel(SDPBackend.MATH) if name == MATH else contextlib.nullcontext():
             return module(inputs.padded)
     batch, masks = inputs.rounded.get(contender, (inputs.batch, inputs.masks))
-    return module(batch, masks, seed=SEED, step=STEP, plan=IMPLEMENTATIONS[name])
+    return module(batch, masks, seed=SEED, step=STEP, objectives=_method(name)[1], plan=IMPLEMENTATIONS[name])
 
 
 @dataclass(frozen=True)
@@ -141,9 +154,6 @@ def make_contenders(
         from mvlm_benchmarks.step.shared_weights import SharedWeights
 
         shared = SharedWeights(model)
-    # A shallow copy shares parameters and modules, and has another configuration.
-    drop_masked = copy.copy(model)
-    drop_masked.config = replace(model.config, drop_masked=True)
     implementations: dict[str, tuple[nn.Module, torch.optim.Optimizer | None]] = {}
     contenders = []
     with precision():
@@ -155,7 +165,9 @@ def make_contenders(
             adamw = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.05, fused=True)
             implementations[key] = module, adamw if optimizer else None
         module, adamw = implementations[key]
-        module = drop_masked if name == DROP_MASKED else module
+        if name in OTHER_METHODS:  # a shallow copy shares parameters and modules, and has another configuration
+            module = copy.copy(model)
+            module.config = replace(model.config, **_method(name)[0])
         call = _compiled(name, module) if name in COMPILED else module
         shadows = shadow_weights(module) if in_bf16 and IMPLEMENTATIONS.get(name) == "fast" else None
         contenders.append(Contender(name, module, call, adamw, precision, shadows))

@@ -20,7 +20,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.flops import counter
 from mvlm.costs.step_cost import give_fake_tensors
 from mvlm.objectives.losses import Losses
-from mvlm_benchmarks.step.contenders import StepInputs, compute_losses, make_module
+from mvlm_benchmarks.step.contenders import IMPLEMENTATIONS, StepInputs, compute_losses, make_module
 from mvlm_benchmarks.step.inputs import PaddedBatch, make_batch, pad_batch
 from mvlm_benchmarks.step.report import flops_table
 
@@ -77,7 +77,7 @@ def _to_fake(item: Any, mode: FakeTensorMode) -> Any:
 def main() -> None:
     """Print the table of docs/evidence/step.md: `base` with 64 captions, of 12 tokens on average and 30 at most."""
     lengths = np.array([30, *[12] * 46, *[11] * 16, 10])
-    names = ("timm+roberta", "plain", "fast", "drop_masked")
+    names = ("timm+roberta", *IMPLEMENTATIONS)
     print(flops_table({name: gflop_per_pair(MaskVLMConfig.preset("base"), lengths, name) for name in names}))
 
 
