@@ -112,11 +112,13 @@ def nodes_of(world: World, each: int, backend: str) -> Nodes | None:
     if world.size % each or number == 1 or each == 1:
         return None
     within, across = range(node * each, (node + 1) * each), range(world.rank % each, world.size, each)
-    groups = [
-        dist.new_group([*ranks], timeout=TIMEOUT, backend=backend, use_local_synchronization=True)
-        for ranks in (within, across)
-    ]
-    return Nodes(number, within=groups[0], across=groups[1])
+
+    def group_of(ranks: range) -> dist.ProcessGroup:
+        group = dist.new_group([*ranks], timeout=TIMEOUT, backend=backend, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)  # torch returns a number to ranks outside the group alone
+        return group
+
+    return Nodes(number, within=group_of(within), across=group_of(across))
 
 
 def attempt_store() -> PrefixStore | None:
