@@ -36,7 +36,7 @@ def _checked(
 ) -> tuple[float, bool, int]:  # fmt: skip
     """Check the arguments, and return eps, interleaved and prefix_tokens."""
     check_tensor("qkv", qkv)
-    if qkv.ndim not in (4, 5) or qkv.shape[-3] != 3 or qkv.shape[-1] < 2 or qkv.shape[-1] % 2:
+    if qkv.ndim not in (4, 5) or qkv.shape[-3] != 3 or not qkv.shape[-2] or not qkv.shape[-1] or qkv.shape[-1] % 2:
         raise ValueError(f"qkv must have shape (B, N, 3, H, D) or (T, 3, H, D), D even, got {tuple(qkv.shape)}")
     check_choice("norm", norm, ("none", "layer", "rms"))
     (*samples, tokens), width, device = qkv.shape[:-3], qkv.shape[-1], qkv.device

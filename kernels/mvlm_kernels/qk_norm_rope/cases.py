@@ -110,7 +110,7 @@ def case(
     read = vectors if "weight" in form.affine else 0
     return Case(
         "qk_norm_rope", label, dtype, make, qk_norm_rope, oracle,
-        (4 * values * item + tables + vectors, 6 * values * item + normed + tables + vectors + read // 1),
+        (4 * values * item + tables + vectors, 6 * values * item + normed + tables + vectors + read),
         multiprocessors=multiprocessors,
         incoming=(lambda grad: grad.transpose(-3, -2).contiguous().transpose(-3, -2)) if grad_heads_first else _as_is,
         terms=dict.fromkeys(names, 4 * math.sqrt(rows * heads)) | dict.fromkeys(("out 0", "out 1", "qkv"), 8.0),

@@ -9,8 +9,6 @@ Backward, a program walks over every n-th tile of its heads. It keeps its share 
 registers, and a second kernel adds the shares in the order of the programs.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,10 +22,11 @@ from mvlm_kernels.language import accumulator, cast, quotient, sum_columns, walk
 WARPS = 4
 # Values of sin, or of cos, of each half of the pairs that a lane holds: 16 bytes of a head in bfloat16.
 HALVES, PAIRS = 8, 4
-HEADS = 4
-"""Most heads of a tile. Backward a tile of halves has two: its lanes hold the gradient too."""
-REGISTERS, REGISTERS_NORM = 128, 168
-"""Most of a thread, backward: 4 programs of a multiprocessor, or 3."""
+HEADS, HEADS_BACKWARD = 4, 2
+"""Most heads of a tile."""
+REGISTERS, REGISTERS_NORM, REGISTERS_LAYER = 128, 168, 255
+"""Most of a thread, backward, for 4, 3 and 2 programs of a multiprocessor: without a norm, with one, and for a norm of
+halves with biases, which takes up to 213."""
 
 
 @triton.jit
@@ -85,14 +84,11 @@ def load_vector(ptrs, part, ACC: tl.constexpr, INTERLEAVED: tl.constexpr, D: tl.
 
 @triton.jit
 def load_angles(
-    tables, strides, sample, token, PREFIX: tl.constexpr, ACC: tl.constexpr, INTERLEAVED: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    tables, table_sample, table_token, sample, token, PREFIX: tl.constexpr, ACC: tl.constexpr,
+    INTERLEAVED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """sin and cos of rows (BLOCK_R,) in pairs, (1, BLOCK_R, BLOCK_D) each. Angles of prefix tokens are 0.
-
-    strides: between samples and between tokens, in rows of D.
-    """
-    at = (sample.to(tl.int64) * strides[0] + (token - PREFIX).to(tl.int64) * strides[1]) * D
+    """sin and cos of rows (BLOCK_R,) in pairs, (1, BLOCK_R, BLOCK_D) each. Angles of prefix tokens are 0."""
+    at = (sample.to(tl.int64) * table_sample + (token - PREFIX).to(tl.int64) * table_token) * D
     at = at[None, :, None]
     turns = (token >= PREFIX)[None, :, None]
     sin = load_pair(tables[0], at, turns, 0.0, ACC, INTERLEAVED, D, BLOCK_D)
@@ -101,26 +97,34 @@ def load_angles(
 
 
 @triton.jit
-def standardized(a, b, eps, LAYER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows without their mean, if LAYER, over their root mean square; and 1 over that, (X, Y, 1)."""
+def standardized(a, b, inside, eps, LAYER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows without their mean, if LAYER, over their root mean square; and 1 over that, (X, Y, 1).
+
+    Rows not inside are 0.
+    """
     if LAYER:
         mean = tl.sum(a + b, axis=2, keep_dims=True) / D
-        exists = tl.arange(0, BLOCK_D)[None, None, :] < D // 2
-        a = tl.where(exists, a - mean, 0.0)
-        b = tl.where(exists, b - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(a * a + b * b, axis=2, keep_dims=True) / D + eps)
+        a -= mean
+        b -= mean
+        if D < 2 * BLOCK_D:
+            exists = tl.arange(0, BLOCK_D)[None, None, :] < D // 2
+            a = tl.where(exists, a, 0.0)
+            b = tl.where(exists, b, 0.0)
+    # With an eps of 0 rows that are not inside would be NaN.
+    rstd = tl.where(inside, 1 / tl.sqrt(tl.sum(a * a + b * b, axis=2, keep_dims=True) / D + eps), 0.0)
     return a * rstd, b * rstd, rstd
 
 
-@triton.jit(do_not_specialize=["table_strides", "N", "R"])
+@triton.jit(do_not_specialize=["table_sample", "table_token", "N", "R"])
 def norm_rope_kernel(
-    qkv_ptr, outs, tables, table_strides, weights, biases, N, R, eps,
+    qkv_ptr, outs, tables, weights, biases, table_sample, table_token, N, R, eps,
     NORM: tl.constexpr, INTERLEAVED: tl.constexpr, PREFIX: tl.constexpr, ACC: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """q and k (R, H, D) of outs from qkv (R, 3, H, D), contiguous. Grid (tiles of rows, 2 * groups of heads).
 
-    tables: sin and cos; weights and biases: of q and of k. Pointers that are None are not used.
+    tables: sin and cos, with their strides between samples and tokens in rows of D; weights and biases: of q and of k.
+    Pointers that are None are not used.
     """
     part = tl.program_id(1) // (H // BLOCK_H)
     h = tl.program_id(1) % (H // BLOCK_H) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None, None]
@@ -129,7 +133,7 @@ def norm_rope_kernel(
     inside = (r < R)[None, :, None]
     a, b = load_pair(qkv_ptr, ((row * 3 + part) * H + h) * D, inside, 0.0, ACC, INTERLEAVED, D, BLOCK_D)
     if NORM != "":
-        a, b, _ = standardized(a, b, eps, NORM == "layer", D, BLOCK_D)
+        a, b, _ = standardized(a, b, inside, eps, NORM == "layer", D, BLOCK_D)
         if weights[0] is not None:
             weight = load_vector(weights, part, ACC, INTERLEAVED, D, BLOCK_D)
             a *= weight[0]
@@ -140,22 +144,29 @@ def norm_rope_kernel(
             b += bias[1]
     if tables[0] is not None:
         sample = quotient(r, N)
+        token = tl.where(r < R, r - sample * N, 0)
         sin, cos = load_angles(
-            tables, table_strides, sample, tl.where(r < R, r - sample * N, 0), PREFIX, ACC, INTERLEAVED, D, BLOCK_D
-        )
+            tables, table_sample, table_token, sample, token, PREFIX, ACC, INTERLEAVED, D, BLOCK_D
+        )  # fmt: skip
         turned = a * cos[0] - b * sin[0]
         b = b * cos[1] + a * sin[1]
         a = turned
     store_pair(of_part(outs, part), (row * H + h) * D, inside, a, b, INTERLEAVED, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["of_samples", "of_tokens", "of_heads", "table_strides", "N", "R"])
+@triton.jit(
+    do_not_specialize=[
+        "q_sample", "k_sample", "v_sample", "q_token", "k_token", "v_token", "q_head", "k_head", "v_head",
+        "table_sample", "table_token", "N", "R",
+    ]
+)  # fmt: skip
 def norm_rope_backward_kernel(
-    grads, of_samples, of_tokens, of_heads, qkv_ptr, tables, table_strides, weights, dqkv_ptr, partial_ptr, N, R, eps,
+    grads, qkv_ptr, tables, weights, dqkv_ptr, partial_ptr, q_sample, k_sample, v_sample, q_token, k_token, v_token,
+    q_head, k_head, v_head, table_sample, table_token, N, R, eps,
     NORM: tl.constexpr, INTERLEAVED: tl.constexpr, PREFIX: tl.constexpr, SUMS: tl.constexpr, ACC: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dqkv (R, 3, H, D), contiguous, from grads of q, k and v, whose strides are in rows of D.
+    """dqkv (R, 3, H, D), contiguous, from grads of q, k and v. Strides of grads and tables are in rows of D.
 
     partial (programs along rows * groups of heads, SUMS, 2, D): sums of q and of k over rows and heads, first of the
     gradient times the norm, then of the gradient. Grid (programs along rows, 3 * groups of heads). Program n takes
@@ -166,12 +177,9 @@ def norm_rope_backward_kernel(
     group = tl.program_id(1) % GROUPS
     h = group * BLOCK_H + tl.arange(0, BLOCK_H)[:, None, None]
     grad_ptr = of_part(grads, part)
-    of_sample = of_part(of_samples, part)
-    of_token = of_part(of_tokens, part)
-    of_head = of_part(of_heads, part)
-    if weights[0] is not None:
-        # v has none and reads that of k.
-        weight = load_vector(weights, tl.minimum(part, 1), ACC, INTERLEAVED, D, BLOCK_D)
+    of_sample = of_part((q_sample, k_sample, v_sample), part)
+    of_token = of_part((q_token, k_token, v_token), part)
+    of_head = of_part((q_head, k_head, v_head), part)
     zero = tl.zeros((1, BLOCK_R, BLOCK_D), ACC)
     dw_a, dw_b, db_a, db_b = zero, zero, zero, zero
     for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
@@ -187,20 +195,23 @@ def norm_rope_backward_kernel(
         at = ((row * 3 + part) * H + h) * D
         if part < 2:
             if tables[0] is not None:
-                sin, cos = load_angles(tables, table_strides, sample, token, PREFIX, ACC, INTERLEAVED, D, BLOCK_D)
+                sin, cos = load_angles(
+                    tables, table_sample, table_token, sample, token, PREFIX, ACC, INTERLEAVED, D, BLOCK_D
+                )
                 turned = a * cos[0] + b * sin[1]
                 b = b * cos[1] - a * sin[0]
                 a = turned
             if NORM != "":
                 x, y = load_pair(qkv_ptr, at, inside, 0.0, ACC, INTERLEAVED, D, BLOCK_D)
-                x, y, rstd = standardized(x, y, eps, NORM == "layer", D, BLOCK_D)
+                x, y, rstd = standardized(x, y, inside, eps, NORM == "layer", D, BLOCK_D)
                 if SUMS > 0:
                     dw_a += tl.sum(a * x, axis=0, keep_dims=True)
                     dw_b += tl.sum(b * y, axis=0, keep_dims=True)
                 if SUMS > 1:
                     db_a += tl.sum(a, axis=0, keep_dims=True)
                     db_b += tl.sum(b, axis=0, keep_dims=True)
-                if weights[0] is not None:
+                if weights[0] is not None:  # read in each tile, which costs fewer registers
+                    weight = load_vector(weights, part, ACC, INTERLEAVED, D, BLOCK_D)
                     a *= weight[0]
                     b *= weight[1]
                 along = tl.sum(a * x + b * y, axis=2, keep_dims=True) / D
@@ -241,7 +252,7 @@ def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[tuple[Tensor | None
 
 
 def _in_rows(x: Tensor) -> bool:
-    """True if x (.., D) consists of rows that start at multiples of D, so that the kernels know how they are aligned."""
+    """True if x (.., D) has rows that start at multiples of D: the kernels know by it how they are aligned."""
     return x.stride(-1) == 1 and all(stride % x.shape[-1] == 0 for stride in x.stride()[:-1])
 
 
@@ -259,7 +270,7 @@ def norm_rope(
                        for both in ((q_weight, k_weight), (q_bias, k_bias)))  # fmt: skip
     dispatch.launch(
         norm_rope_kernel, (ceil_div(rows, tile["BLOCK_R"]), 2 * heads // tile["BLOCK_H"]), qkv.contiguous(), (q, k),
-        tables, strides, weights, biases, tokens, rows, eps, NORM=norm, INTERLEAVED=interleaved, PREFIX=prefix,
+        tables, weights, biases, *strides, tokens, rows, eps, NORM=norm, INTERLEAVED=interleaved, PREFIX=prefix,
         ACC=accumulator(qkv.dtype), **tile, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return q, k
@@ -273,23 +284,23 @@ def norm_rope_backward(
     *leading, tokens, heads, width = dq.shape
     rows, wide = torch.Size(leading).numel() * tokens, compute_dtype(dq.dtype)
     grads = tuple(x if _in_rows(x) else x.contiguous() for x in (dq, dk, dv))
-    *of_samples, of_tokens, of_heads = zip(*([s // width for s in x.stride()[:-1]] for x in grads), strict=True)
-    tables, strides = _tables(sin, cos)
-    tile = _tile(heads, width, interleaved, HEADS if interleaved else HEADS // 2)
+    strides = [[0] * (4 - x.ndim) + [stride // width for stride in x.stride()[:-1]] for x in grads]
+    tables, table_strides = _tables(sin, cos)
+    tile = _tile(heads, width, interleaved, HEADS_BACKWARD)
     groups = heads // tile["BLOCK_H"]
+    limit = REGISTERS if not norm else REGISTERS_LAYER if sums > 1 and not interleaved else REGISTERS_NORM
     grid, options = walking(
         norm_rope_backward_kernel, dq.device, rows, 3 * groups, NORM=norm, INTERLEAVED=interleaved, PREFIX=prefix,
-        SUMS=sums, ACC=accumulator(dq.dtype), **tile, num_warps=WARPS, maxnreg=REGISTERS_NORM if norm else REGISTERS,
-        enable_fp_fusion=True,
+        SUMS=sums, ACC=accumulator(dq.dtype), **tile, num_warps=WARPS, maxnreg=limit, enable_fp_fusion=True,
     )  # fmt: skip
     dqkv = dq.new_empty(*leading, tokens, 3, heads, width)
     partial_sums = dq.new_empty((grid[0] * groups, sums, 2, width), dtype=wide) if sums else None
     found = dq.new_empty((sums, 2, width), dtype=wide)
     weights = tuple(v if v is None else v.contiguous() for v in (q_weight, k_weight))
     dispatch.launch(
-        norm_rope_backward_kernel, grid, grads, of_samples[0] if of_samples else (0, 0, 0), of_tokens, of_heads,
-        None if qkv is None else qkv.contiguous(), tables, strides, weights, dqkv, partial_sums, tokens, rows, eps,
-        **options,
+        norm_rope_backward_kernel, grid, grads, None if qkv is None else qkv.contiguous(), tables, weights, dqkv,
+        partial_sums, *(stride for axis in zip(*strides, strict=True) for stride in axis), *table_strides, tokens, rows,
+        eps, **options,
     )  # fmt: skip
     if partial_sums is not None:
         sum_columns(partial_sums, found, grid[0] * groups, found.numel())
