@@ -120,7 +120,7 @@ def _norms(attn: Any) -> tuple[Any, Any]:
 
 
 def _form(norm: Any) -> tuple[Any, ...]:
-    """What two norms must share to be computed by one call."""
+    """Class, eps and dtypes of a norm, which two norms must share to be computed by one call."""
     vectors = (getattr(norm, name, None) for name in ("weight", "bias"))
     return type(norm), getattr(norm, "eps", None), *(None if v is None else v.dtype for v in vectors)
 
