@@ -10,6 +10,7 @@ from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
 from mvlm_kernels.pixel_loss import masked_pixel_loss
 from mvlm_kernels.place_tokens import place_tokens
+from mvlm_kernels.qk_norm_rope import qk_norm_rope
 
 if TYPE_CHECKING:
     from mvlm_kernels.integrations.model import explain_model
@@ -30,6 +31,7 @@ __all__ = [
     "masked_pixel_loss",
     "pack_key_mask",
     "place_tokens",
+    "qk_norm_rope",
     "use_backend",
 ]
 

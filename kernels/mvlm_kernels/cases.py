@@ -17,11 +17,12 @@ from mvlm_kernels.gather_patches import cases as gather_patches
 from mvlm_kernels.gelu_linear import cases as gelu_linear
 from mvlm_kernels.pixel_loss import cases as pixel_loss
 from mvlm_kernels.place_tokens import cases as place_tokens
+from mvlm_kernels.qk_norm_rope import cases as qk_norm_rope
 from mvlm_kernels.split_linear import cases as split_linear
 
 OPS: tuple[ModuleType, ...] = (
     add_layer_norm, gelu_linear, cross_attention, gather_patches, pixel_loss, place_tokens, split_linear,
-    contrastive_loss,
+    contrastive_loss, qk_norm_rope,
 )  # fmt: skip
 """Modules of the ops' cases, the most important op first. A new op is one line here."""
 

@@ -6,6 +6,7 @@ Their builders follow the rules of :mod:`mvlm_benchmarks.kernels.peers`.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,6 +39,32 @@ def cross_entropy_quack(inputs: Inputs) -> Function:
     _require_cuda(inputs)
     targets = inputs.fixed["targets"]
     return lambda x, weight, bias: cross_entropy(F.linear(x, weight, bias), targets, reduction="mean")
+
+
+def rotary_eager(inputs: Inputs) -> Any:
+    """Queries and keys normed and rotated as timm's EvaAttention has it; leaves are the projection and the norms'."""
+    given, names = inputs.fixed, list(inputs.leaves)[1:]
+    sin, cos, prefix, width = given["sin"], given["cos"], given["prefix_tokens"], inputs.leaves["qkv"].shape[-1]
+
+    def turned(x: Tensor) -> Tensor:
+        if given["interleaved"]:
+            return torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([-b, a], dim=-1)
+
+    def run(qkv: Tensor, *vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        by_name = dict(zip(names, vectors, strict=True))
+        found = []
+        for x, of in ((q, "q"), (k, "k")):
+            if given["norm"] == "layer":  # in float32, as autocast has it
+                x = F.layer_norm(x.float(), (width,), by_name[f"{of}_weight"], by_name[f"{of}_bias"], 1e-6)
+            behind = x[:, :, prefix:]
+            behind = (behind * cos + turned(behind) * sin).to(x.dtype)
+            found.append(torch.cat([x[:, :, :prefix], behind], dim=2).type_as(v).transpose(1, 2))
+        return found[0], found[1], v.transpose(1, 2)
+
+    return run
 
 
 def norm_eager(inputs: Inputs) -> Function:

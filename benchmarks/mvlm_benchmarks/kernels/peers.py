@@ -196,6 +196,7 @@ EAGER: dict[str, Builder] = {
     "add_layer_norm": layers.norm_eager,
     "gelu_linear": layers.gelu_eager,
     "linear_cross_entropy": layers.cross_entropy_eager,
+    "qk_norm_rope": layers.rotary_eager,
 }
 LIGER: dict[str, Builder] = {
     "cross_attention": attention.liger,

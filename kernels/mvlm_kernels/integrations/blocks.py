@@ -1,13 +1,14 @@
-"""Residual norms and feed-forward layers of timm and transformers blocks by ``add_layer_norm`` and ``gelu_linear``.
+"""Parts of blocks of timm and transformers by ``add_layer_norm``, ``gelu_linear`` and ``qk_norm_rope``.
 
 from mvlm_kernels.integrations.blocks import swap_blocks
 print(swap_blocks(model))               # what was swapped, and what not and why; `undo()` puts everything back
 
-Four forms are known, by the code of their ``forward``, so copies in other classes are known too:
+Six forms are known, by the code of their ``forward``, so copies in other classes are known too:
 
 - timm's ``Block`` and ``EvaBlock``: LayerScale and the residual sum after attention, and the LayerNorm or RMSNorm after
   them, are one call.
 - timm's ``Mlp``: GELU and the second linear layer are one call, whose backward pass has one kernel for the GELU.
+- timm's ``EvaAttention`` and ``AttentionRope``: norm and rotation of queries and keys are one call (:mod:`.rotary`).
 - transformers' ``BertSelfOutput``: the residual sum and the norm are one call. Some 40 architectures copy it.
 
 A swapped module runs its own forward where no kernel runs the call, or if a module that the op replaces was wrapped
@@ -28,15 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mvlm_kernels import add_layer_norm, dispatch, gelu_linear
-from mvlm_kernels.add_layer_norm import WIDEST
-from mvlm_kernels.arguments import compute_dtype
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
+from mvlm_kernels.integrations import rotary
 from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport, listening, note
 from mvlm_kernels.integrations.classes import in_torchscript, node_of_call, put_back, scripted_as, traced
+from mvlm_kernels.integrations.norms import eps_of, of_timm, why_not_norm, why_not_replaced
 
 __all__ = ["swap_blocks"]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -135,20 +134,8 @@ def _kernel_reasons(device: torch.device, dtype: torch.dtype, forced: str | None
     return (*found, FLOAT64) if dtype == torch.float64 else found
 
 
-def why_not_replaced(module: nn.Module, *kinds: type[nn.Module]) -> Refusal | None:
-    """Reason why a module's parameters cannot be used without calling it: wrapped, another class, or hooks."""
-    if type(module) not in kinds:
-        return refusal(
-            f"wanted {' or '.join(dict.fromkeys(kind.__name__ for kind in kinds))}, got {type(module).__name__}",
-            f"the original forward runs; unwrap it if it is a wrapped {kinds[0].__name__}",
-        )
-    if any(getattr(module, name) for name in _HOOKS) or "forward" in vars(module):
-        return refusal(f"its {type(module).__name__} has hooks", "the original forward calls them; remove them")
-    return None
-
-
 def _why_not_block(block: Any) -> Refusal | None:
-    return _why_not_norm(block.norm2, nn.RMSNorm, *_of_timm("norm", "RmsNorm"))
+    return why_not_norm(block.norm2, nn.RMSNorm, *of_timm("norm", "RmsNorm"))
 
 
 def _why_not_eva_block(block: Any) -> Refusal | None:
@@ -160,32 +147,11 @@ def _why_not_behind_gate(drop_path: Any) -> Refusal | None:
 
     The op multiplies after it. Identity and DropPath give the same either way.
     """
-    return why_not_replaced(drop_path, nn.Identity, *_of_timm("drop", "DropPath"))
+    return why_not_replaced(drop_path, nn.Identity, *of_timm("drop", "DropPath"))
 
 
 def _why_not_residual_norm(module: Any) -> Refusal | None:
-    return _why_not_norm(module.LayerNorm)
-
-
-def _why_not_norm(norm: Any, *others: type[nn.Module]) -> Refusal | None:
-    """Reason why the op cannot compute a LayerNorm, or a norm of one of these other classes; None if it can."""
-    reason = why_not_replaced(norm, nn.LayerNorm, *_of_timm("norm", "LayerNorm"), *others)
-    if reason is not None:
-        return reason
-    if len(norm.normalized_shape) != 1:
-        return refusal(f"the norm must be over the last axis, got {norm}", "the original forward runs")
-    if norm.normalized_shape[0] > WIDEST:
-        reason = f"a row of the norm has {norm.normalized_shape[0]} values, the kernel holds at most {WIDEST}"
-        return refusal(reason, "the original forward runs; use rows of at most that width")
-    if getattr(norm, "_fast_norm", False):
-        return refusal("timm's fast norm is on", "call timm.layers.set_fast_norm(False) before building the model")
-    return None
-
-
-def _of_timm(module: str, name: str) -> tuple[type[nn.Module], ...]:
-    """A class of ``timm.layers``; none where it is not imported."""
-    key = f"timm.layers.{module}"
-    return (getattr(sys.modules[key], name),) if key in sys.modules else ()
+    return why_not_norm(module.LayerNorm)
 
 
 def _why_not_mlp(mlp: Any) -> Refusal | None:
@@ -193,7 +159,7 @@ def _why_not_mlp(mlp: Any) -> Refusal | None:
         (mlp.fc2, (nn.Linear,)),
         (mlp.norm, (nn.Identity,)),
         (mlp.drop1, (nn.Dropout,)),
-        (mlp.act, (nn.GELU, *_of_timm("activations", "GELU"))),  # the exact one; its `inplace` has no effect
+        (mlp.act, (nn.GELU, *of_timm("activations", "GELU"))),  # the exact one; its `inplace` has no effect
     ):
         reason = why_not_replaced(part, *kinds)
         if reason is not None:
@@ -216,7 +182,7 @@ def _explain_block(block: Any, reason: Refusal | None, x: Tensor, *_: Any, **__:
     norm, gate = block.norm2, _gate(block)
     rms = not isinstance(norm, nn.LayerNorm)
     bias, kind = None if rms else norm.bias, "rms" if rms else "layer"
-    note(block, add_layer_norm, [reason], x, x, norm.weight, bias, _eps(norm), gate=gate, kind=kind)
+    note(block, add_layer_norm, [reason], x, x, norm.weight, bias, eps_of(norm), gate=gate, kind=kind)
 
 
 def _eva_block(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -231,7 +197,7 @@ def _gate(block: Any) -> Tensor | None:
     """Vector (C,) of the LayerScale behind a block's attention; None without one, or if the module must be called."""
     if hasattr(block, "gamma_1"):
         return block.gamma_1
-    known = type(block.ls1) in _of_timm("layer_scale", "LayerScale")
+    known = type(block.ls1) in of_timm("layer_scale", "LayerScale")
     plain = known and why_not_replaced(block.ls1, type(block.ls1)) is None
     return block.ls1.gamma if plain and _why_not_behind_gate(block.drop_path1) is None else None
 
@@ -245,14 +211,7 @@ def _after_attention(block: Any, x: Tensor, y: Tensor, gate: Tensor | None) -> t
     norm, linear_follows = block.norm2, isinstance(getattr(block.mlp, "fc1", None), nn.Linear)
     rms = not isinstance(norm, nn.LayerNorm)
     bias = None if rms else norm.bias
-    return residual_norm(x, block.drop_path1(y), norm.weight, bias, _eps(norm), linear_follows, gate, rms)
-
-
-def _eps(norm: Any) -> float:
-    if norm.eps is not None:
-        return norm.eps
-    # As nn.RMSNorm has it: that of the dtype in which torch computes.
-    return torch.finfo(compute_dtype(*(p.dtype for p in norm.parameters()))).eps
+    return residual_norm(x, block.drop_path1(y), norm.weight, bias, eps_of(norm), linear_follows, gate, rms)
 
 
 @fx.wrap  # one node of a traced model
@@ -324,7 +283,7 @@ def _forms() -> list[tuple[type[nn.Module], Form]]:
     found: list[tuple[type[nn.Module], Form]] = []
     if "timm" in sys.modules:
         from timm.layers.mlp import Mlp
-        from timm.models.eva import EvaBlock
+        from timm.models.eva import EvaAttention, EvaBlock
         from timm.models.vision_transformer import Block
 
         block = functools.partial(Form, explain=_explain_block, fused=_fused_in_block, node=False)
@@ -334,6 +293,8 @@ def _forms() -> list[tuple[type[nn.Module], Form]]:
             (EvaBlock, block(_eva_block, _why_not_eva_block)),
             (Mlp, mlp),
         ]
+        form = Form(rotary.forward, rotary.why_not, rotary.explain, rotary.fused)
+        found += [(kind, form) for kind in (EvaAttention, *of_timm("attention", "AttentionRope"))]
     if "transformers" in sys.modules:
         from transformers.models.bert.modeling_bert import BertSelfOutput
 

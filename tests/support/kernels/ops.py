@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mvlm_kernels import cases
 
-REGISTERED = {"gelu_linear": "gelu"}
-"""Names under torch.ops where they are not those of the functions."""
+REGISTERED = {"gelu_linear": "gelu", "qk_norm_rope": "norm_rope"}
+"""Names under torch.ops where they are not those of the functions: of functions whose gradient is no op's."""
 
 
 class Row(NamedTuple):
