@@ -59,8 +59,10 @@ def case(
     # Terms of both signs cancel in the gradients of log_scale and bias, which are sums over all logits.
     terms = dict.fromkeys(("log_scale", "bias"), float(rows * columns))
     if dtype == torch.bfloat16:
-        # The gradient of each logit is rounded to 8 bits before it is multiplied by the logit, of size width^-0.5.
-        terms["log_scale"] = 2**-9 * (rows * columns / width) ** 0.5 / (2 * torch.finfo(torch.float32).eps)
+        # The gradient of each logit is rounded to 8 bits before it is multiplied by the logit: four standard deviations
+        # of the sum of so many errors.
+        logit = width**0.5 / (width if unit else 1)
+        terms["log_scale"] = 4 * 2**-9 * (rows * columns) ** 0.5 * logit / (2 * torch.finfo(torch.float32).eps)
     rounded = dict.fromkeys(("log_scale", "bias"), 1.0)
     return Case("contrastive_terms", label, dtype, make, ours, oracle, multiplies=True, terms=terms, rounded=rounded)
 

@@ -283,7 +283,7 @@ def gradient_kernel(
     sum: (tiles,), their sums, which are the gradient of the bias; None without one. lse, column_lse: log-sum-exps in
     base e. All else is as in :func:`forward_kernel`.
     """
-    tile_r, tile_c, rm, rn = tile_of(R, C, BLOCK_M, BLOCK_N)
+    _, tile_c, rm, rn = tile_of(R, C, BLOCK_M, BLOCK_N)
     r, c = tl.minimum(rm, R - 1), tl.minimum(rn, C - 1)
     x = logits(image_ptr, text_ptr, scale_ptr, r, c, E, EVEN, BLOCK_K, ACC, PRECISION)
     own, grad = tl.load(rows_ptr + r), tl.load(grad_ptr + r)
@@ -319,6 +319,10 @@ def _operands(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     return image.to(dtype).contiguous(), text.to(dtype).contiguous()
 
 
+def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(x if x is None else x.contiguous() for x in tensors)
+
+
 def _options(kernel: str, image: Tensor, compares: bool) -> dict[str, Any]:
     """Tiles and compile options of a kernel that multiplies. compares: it compares ids, for shared pairs or for draws.
 
@@ -352,6 +356,7 @@ def forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Same contract as :func:`.reference.forward`."""
     dtype, sigmoid, draws = compute_dtype(image.dtype, text.dtype), bias is not None, keys is not None
+    rows, image_id, text_id, keys = _contiguous(rows, image_id, text_id, keys)
     pairs = Pairs(rows, len(text), image_id, text_id, shared, sigmoid, dtype)
     options = {"dtype": dtype, "device": image.device}
     of_rows, of_columns = (torch.full((2, len(x)), LOWEST, **options) for x in (image, text))
@@ -396,12 +401,12 @@ def backward(
     rows: Tensor, image_id: Tensor | None, text_id: Tensor | None, shared: bool, lse: Tensor, column_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Same contract as :func:`.reference.backward`."""
+    rows, image_id, text_id, grad, column_grad = _contiguous(rows, image_id, text_id, grad, column_grad)
     pairs = Pairs(rows, len(text), image_id, text_id, shared, bias is not None, lse.dtype)
     scale, weights = log_scale.exp().to(lse.dtype), pairs.share if shared else None
     a, b = _operands(image, text)
     tiles = _options("gradient_kernel", a, shared)
     written = torch.bfloat16 if a.dtype == torch.bfloat16 else lse.dtype
-    grad, column_grad = grad.contiguous(), column_grad.contiguous()
 
     def of_block(r: slice, c: slice) -> tuple[Tensor, Tensor | None]:
         height, width = len(rows[r]), len(pairs.columns[c])
