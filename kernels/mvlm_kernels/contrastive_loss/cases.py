@@ -57,13 +57,13 @@ def case(
         return Inputs(leaves, {"rows": own, **ids, "noise_keys": keys, "shared_positives": shared_positives})
 
     # Terms of both signs cancel in the gradients of log_scale and bias, which are sums over all logits.
-    terms = dict.fromkeys(("log_scale", "bias"), float(rows * columns))
+    terms: dict[str, float] = dict.fromkeys(("log_scale", "bias"), float(rows * columns))
     if dtype == torch.bfloat16:
         # The gradient of each logit is rounded to 8 bits before it is multiplied by the logit: four standard deviations
         # of the sum of so many errors.
         logit = width**0.5 / (width if unit else 1)
         terms["log_scale"] = 4 * 2**-9 * (rows * columns) ** 0.5 * logit / (2 * torch.finfo(torch.float32).eps)
-    rounded = dict.fromkeys(("log_scale", "bias"), 1.0)
+    rounded: dict[str, float] = dict.fromkeys(("log_scale", "bias"), 1.0)
     return Case("contrastive_terms", label, dtype, make, ours, oracle, multiplies=True, terms=terms, rounded=rounded)
 
 

@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 """Triton kernels of ``contrastive_terms``, and their launchers. No logit is written to memory.
 
 Forward, a program multiplies one tile of logits and reduces it at once, along its rows and along its columns: to the
