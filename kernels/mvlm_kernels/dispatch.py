@@ -36,6 +36,10 @@ def refusal(reason: str, way_out: str) -> Refusal:
 
 
 FLOAT64 = refusal("float64 has no kernel on a GPU", "torch runs; pass float32, bfloat16 or float16")
+NO_TF32 = refusal(
+    'float32 kernels use TF32, which float32_matmul_precision "highest" forbids',
+    'torch runs; torch.set_float32_matmul_precision("high") allows TF32',
+)
 
 
 @dataclass(frozen=True)

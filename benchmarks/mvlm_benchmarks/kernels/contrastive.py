@@ -11,12 +11,17 @@ table is one implementation:
     s            processor seconds, median of turns
 
 open_clip is measured if it is installed. Its SigLipLoss takes chunks from the version after 3.3.0 on.
+
+A second table counts what `contrastive_terms` does on a GPU with float32, by torch and by the kernels, without one: a
+launch reads or writes each of its tensors once, and the columns "forward" and "backward" are the most MB of a pass.
 """
 
 import argparse
+import importlib
 import inspect
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from mvlm.objectives.losses import contrastive_logits, contrastive_sums
 from mvlm.objectives.negatives import NegativeSampling
 from mvlm_benchmarks.step.activations import peak_mb
-from mvlm_kernels import contrastive_terms
+from mvlm_kernels import contrastive_terms, dispatch
 from mvlm_kernels.contrastive_loss import reference
 from mvlm_kernels.contrastive_loss.noise import noise_key
 
@@ -64,6 +69,57 @@ class Counter(TorchDispatchMode):
             left, right = inputs[-2:]
             self.flops += 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
         return out
+
+
+class GpuCounter(TorchDispatchMode):
+    """Context that counts what operations on meta tensors and recorded launches would do on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.moved = self.launches = self.held = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with Counter() as counter:
+            out = func(*args, **(kwargs or {}))
+        inputs, outputs = ({x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)}
+                           for tree in (args, out))  # fmt: skip
+        if func._overloadpacket not in (torch.ops.aten.empty, torch.ops.aten.new_empty) and not func.is_view:
+            self.launches += 1
+            self.flops, self.moved = self.flops + counter.flops, self.moved + counter.moved
+        for storage in outputs - inputs:
+            self.held += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return out
+
+    def _free(self, size: int) -> None:
+        self.held -= size
+
+    def launch(self, kernel: Any, grid: Any, args: Any, meta: Any) -> None:
+        self.launches += 1
+        self.moved += sum(x.numel() * x.element_size() for x in tree_leaves(args) if isinstance(x, Tensor))
+        if "BLOCK_K" in meta:  # it multiplies rows of images by rows of texts
+            image, text = args[:2]
+            self.flops += 2 * image.shape[0] * text.shape[0] * image.shape[1]
+
+
+def count_on_gpu(by: Any, rows: int, columns: int, width: int, draw: bool, sigmoid: bool) -> tuple[float, ...]:
+    """Products, bytes for each logit, launches, and most MB of forward and of backward. by: the passes' module."""
+    on: dict[str, Any] = {"device": "meta"}
+    image, text, log_scale = (torch.empty(*shape, **on) for shape in ((rows, width), (columns, width), (1,)))
+    bias = torch.empty(1, **on) if sigmoid else None
+    numbers, ids = torch.arange(rows, **on), torch.arange(columns, **on)
+    keys = torch.zeros(2, dtype=torch.int64, **on) if draw else None
+    pairs = numbers, ids, ids, False
+    with GpuCounter() as counter, dispatch.recording(counter.launch, 90):
+        terms, sums, lse, *others = by.forward(image, text, log_scale, bias, *pairs, keys)
+        forward = counter.peak
+        del others
+        counter.peak = counter.held
+        by.backward(terms, sums, image, text, log_scale, bias, *pairs, lse, sums)
+    logits = rows * columns
+    return (counter.flops / (2 * logits * width), counter.moved / logits, counter.launches, forward / 1e6,
+            counter.peak / 1e6)  # fmt: skip
 
 
 class Pairs:
@@ -195,6 +251,14 @@ def main() -> None:
         print(
             f"{name:48}{products:9.2f}{counter.moved / logits:7.0f}{peak:10.0f}{statistics.median(seconds[name]):8.2f}"
         )
+    print(f"\n{'on a GPU, float32':48}{'products':>9}{'bytes':>7}{'launches':>10}{'forward':>9}{'backward':>10}")
+    kernels = importlib.import_module("mvlm_kernels.contrastive_loss.triton")
+    for form, draw, sigmoid in (("", False, False), (", with draws", True, False), (", sigmoid", False, True)):
+        for name, by in (("torch", reference), ("kernels", kernels)):
+            sizes = options.rows, options.columns, options.width
+            *counts, forward, backward = count_on_gpu(by, *sizes, draw, sigmoid)
+            print(f"{f'contrastive_terms by {name}{form}':48}{counts[0]:9.2f}{counts[1]:7.0f}{counts[2]:10}"
+                  f"{forward:9.0f}{backward:10.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":

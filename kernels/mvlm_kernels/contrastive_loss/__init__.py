@@ -8,6 +8,7 @@ from torch import Tensor
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.arguments import check_flag, check_id_values, check_tensor, compute_dtype
 from mvlm_kernels.contrastive_loss import reference
+from mvlm_kernels.dispatch import FLOAT64, NO_TF32, Refusal
 
 __all__ = ["ContrastiveTerms", "contrastive_loss", "contrastive_terms"]
 
@@ -32,6 +33,24 @@ class ContrastiveTerms(NamedTuple):
     """int64 (G,), row with this sum, by its number in `rows`; the column's own where no pair may be drawn."""
 
 
+def _reasons(image: Tensor, text: Tensor) -> tuple[Refusal, ...]:
+    found = dispatch.reasons_for("contrastive_terms", image.device)
+    if image.device.type == "cuda":
+        dtype = image.dtype if image.dtype == text.dtype else compute_dtype(image.dtype, text.dtype)
+        if dtype == torch.float64:
+            found = (*found, FLOAT64)
+        elif dtype == torch.float32 and not dispatch.tf32_allowed():
+            found = (*found, NO_TF32)
+    return found
+
+
+def _check_call(**arguments: Any) -> None:
+    given = {name: arguments.get(name) for name in ("image", "text", "log_scale", "bias")}
+    ids = {name: arguments.get(name) for name in ("rows", "image_id", "text_id", "noise_keys")}
+    _check(**given, ids=ids, shared_positives=arguments["shared_positives"])
+
+
+@dispatch.explained_by(_reasons, _check_call)
 def contrastive_terms(
     image: Tensor,
     text: Tensor,
@@ -71,10 +90,7 @@ def contrastive_terms(
     if rows is None and isinstance(image, Tensor):
         rows = torch.arange(image.shape[0], device=image.device)
     ids = {"rows": rows, "image_id": image_id, "text_id": text_id, "noise_keys": noise_keys}
-    shared = check_flag("shared_positives", shared_positives)
-    _check(image, text, log_scale, bias, ids)
-    if shared and image_id is None and text_id is None:
-        raise ValueError("shared_positives must be False without image_id and text_id, got True")
+    shared = _check(image, text, log_scale, bias, ids, shared_positives)
     learns = any(x is not None and x.requires_grad for x in (image, text, log_scale, bias))
     terms, columns, _, *others = _op.on(image, text, log_scale, learns=learns)(
         image, text, log_scale, bias, rows, image_id, text_id, shared, noise_keys
@@ -82,6 +98,7 @@ def contrastive_terms(
     return ContrastiveTerms(terms, columns, *others)
 
 
+@dispatch.explained_by(_reasons, _check_call)
 def contrastive_loss(
     image: Tensor,
     text: Tensor,
@@ -106,7 +123,11 @@ def contrastive_loss(
     return terms.rows.mean() if bias is not None else (terms.rows.mean() + terms.columns.mean()) / 2
 
 
-def _check(image: Any, text: Any, log_scale: Any, bias: Any, ids: dict[str, Any]) -> None:
+def _check(
+    image: Any, text: Any, log_scale: Any, bias: Any, ids: dict[str, Any], shared_positives: Any
+) -> bool:  # fmt: skip
+    """Check the arguments, and return shared_positives as a bool."""
+    shared = check_flag("shared_positives", shared_positives)
     check_tensor("image", image)
     for name, x in {"text": text, "log_scale": log_scale, "bias": bias}.items():
         if x is not None or name != "bias":
@@ -124,6 +145,9 @@ def _check(image: Any, text: Any, log_scale: Any, bias: Any, ids: dict[str, Any]
             check_tensor(name, x, (torch.int64,), image.device)
             if x.shape != (wanted[name],):
                 raise ValueError(f"{name} must be ({wanted[name]},), got {tuple(x.shape)}")
+    if shared and ids["image_id"] is None and ids["text_id"] is None:
+        raise ValueError("shared_positives must be False without image_id and text_id, got True")
+    return shared
 
 
 def _forward(image, text, log_scale, bias, rows, image_id, text_id, shared, keys):
@@ -131,8 +155,19 @@ def _forward(image, text, log_scale, bias, rows, image_id, text_id, shared, keys
         check_id_values("rows", rows, text.shape[0])
         if len(rows.unique()) < len(rows):
             raise ValueError("rows must be distinct, got some number twice")
+    args = image, text, log_scale, bias, rows, image_id, text_id, shared, keys
+    return _run("forward", image, text, args)
+
+
+def _run(name: str, image: Tensor, text: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """A pass on the backend that is chosen. name: "forward" or "backward"."""
+    by_torch = getattr(reference, name)
     with dispatch.without_autocast(image.device):
-        return reference.forward(image, text, log_scale, bias, rows, image_id, text_id, shared, keys)
+        if dispatch.choose(_reasons(image, text)) == "torch":
+            return by_torch(*args)
+        from mvlm_kernels.contrastive_loss import triton
+
+        return dispatch.run_kernels(("contrastive_terms", image.device), getattr(triton, name), by_torch, *args)
 
 
 def _forward_fake(image, text, log_scale, bias, rows, image_id, text_id, shared, keys):
@@ -145,9 +180,8 @@ def _forward_fake(image, text, log_scale, bias, rows, image_id, text_id, shared,
 
 
 def _backward(grad, column_grad, image, text, log_scale, bias, rows, image_id, text_id, shared, lse, column_lse):
-    pairs = rows, image_id, text_id, shared
-    with dispatch.without_autocast(image.device):
-        return reference.backward(grad, column_grad, image, text, log_scale, bias, *pairs, lse, column_lse)
+    args = grad, column_grad, image, text, log_scale, bias, rows, image_id, text_id, shared, lse, column_lse
+    return _run("backward", image, text, args)
 
 
 def _backward_fake(grad, column_grad, image, text, log_scale, bias, rows, image_id, text_id, shared, lse, column_lse):

@@ -1,5 +1,6 @@
-"""Cases of ``contrastive_terms``, and its oracle. It has no kernels. Legend: n rows, G columns, E width."""
+"""Cases of ``contrastive_terms``, and its oracle. Legend: n rows, G columns, E width."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,11 @@ from torch import Tensor
 from mvlm_kernels.case import Case, Draw, Inputs
 from mvlm_kernels.contrastive_loss import contrastive_terms
 
-FAST: set[str] = set()
+FAST = {"bf16/70x150x40/infonce/draws", "fp32/70x150x40/sigmoid/shared"}
 """Cases that are emulated in every suite."""
+FORMS = list(itertools.product((False, True), repeat=3))
+"""Sigmoid loss, shared right pairs and draws, each or not."""
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def oracle(
@@ -24,7 +28,7 @@ def oracle(
     right = matches if shared_positives else torch.eye(len(text), dtype=torch.bool, device=text.device)
     if bias is not None:
         signs = torch.where(right[rows], 1.0, -1.0).to(logits.dtype)
-        return F.softplus(-signs * (logits + bias), threshold=500).sum(1), torch.zeros_like(text[:, 0])
+        return F.softplus(-signs * (logits + bias), threshold=500).sum(1), 0 * text[:, 0]
     share = right / right.sum(1, keepdim=True) + right / right.sum(0)
     return logits.logsumexp(1) - (logits * share[rows]).sum(1), logits.logsumexp(0)
 
@@ -34,22 +38,33 @@ def ours(**arguments: Any) -> tuple[Tensor, ...]:
     return terms.rows, terms.columns
 
 
-def case(label: str, rows: int, columns: int, dtype: torch.dtype, parameters: torch.dtype, **options: bool) -> Case:
-    """Rows of width 5 with columns of which some share an image or a text. options: bias, shared_positives."""
+def case(
+    label: str, rows: int, columns: int, dtype: torch.dtype, parameters: torch.dtype, *, width: int = 5,
+    bias: bool = False, shared_positives: bool = False, draws: bool = True, unit: bool = False,
+) -> Case:  # fmt: skip
+    """Rows with columns of which some share an image or a text. unit: embeddings have unit length."""
 
     def make(device: str, seed: int = 0) -> Inputs:
-        draw = Draw(device, seed)
-        leaves = {"image": draw.normal(rows, 5, dtype=dtype), "text": draw.normal(columns, 5, dtype=dtype)}
+        draw, size = Draw(device, seed), width**-0.5 if unit else 1.0
+        leaves = {"image": draw.normal(rows, width, dtype=dtype, scale=size)}
+        leaves["text"] = draw.normal(columns, width, dtype=dtype, scale=size)
         leaves["log_scale"] = draw.normal(1, dtype=parameters, scale=0.1)
-        if options.get("bias"):
+        if bias:
             leaves["bias"] = draw.normal(1, dtype=parameters)
         own = torch.arange(columns, device=leaves["image"].device).flip(0)[:rows]
         ids = {name: draw.integers(columns, columns) for name in ("image_id", "text_id")}
-        keys = torch.arange(2, device=own.device)
-        shared = options.get("shared_positives", False)
-        return Inputs(leaves, {"rows": own, **ids, "noise_keys": keys, "shared_positives": shared})
+        keys = torch.arange(2, device=own.device) if draws else None
+        return Inputs(leaves, {"rows": own, **ids, "noise_keys": keys, "shared_positives": shared_positives})
 
-    return Case("contrastive_terms", label, dtype, make, ours, oracle, has_kernels=False)
+    # Terms of both signs cancel in the gradients of log_scale and bias, which are sums over all logits.
+    terms: dict[str, float] = dict.fromkeys(("log_scale", "bias"), float(rows * columns))
+    if dtype == torch.bfloat16:
+        # The gradient of each logit is rounded to 8 bits before it is multiplied by the logit: four standard deviations
+        # of the sum of so many errors.
+        logit = width**0.5 / (width if unit else 1)
+        terms["log_scale"] = 4 * 2**-9 * (rows * columns) ** 0.5 * logit / (2 * torch.finfo(torch.float32).eps)
+    rounded: dict[str, float] = dict.fromkeys(("log_scale", "bias"), 1.0)
+    return Case("contrastive_terms", label, dtype, make, ours, oracle, multiplies=True, terms=terms, rounded=rounded)
 
 
 def timed(batch: int, dtype: torch.dtype) -> list[Case]:
@@ -61,11 +76,27 @@ def small(dtype: torch.dtype) -> list[Case]:
 
 
 def compiled() -> Iterator[Case]:
-    yield from ()
+    """512 pairs of a rank and the global batch, in every form."""
+    for (name, dtype), (bias, shared, draws) in itertools.product(TYPES.items(), FORMS):
+        for width in (256, 768) if dtype == torch.bfloat16 else (256,):
+            label = f"{name}/512x32768x{width}/{_form(bias, shared, draws)}"
+            options: dict[str, Any] = {"width": width, "bias": bias, "shared_positives": shared, "draws": draws}
+            yield case(label, 512, 32768, dtype, torch.float32, **options)
 
 
 def emulated() -> Iterator[Case]:
-    yield from ()
+    """Several tiles of rows and columns, and a width that is no multiple of a step of the product."""
+    for (name, dtype), (rows, columns, width), (bias, shared, draws) in itertools.product(
+        TYPES.items(), ((70, 150, 40), (150, 170, 64), (1, 1, 3)), FORMS
+    ):
+        label = f"{name}/{rows}x{columns}x{width}/{_form(bias, shared, draws)}"
+        options: dict[str, Any] = {"width": width, "bias": bias, "shared_positives": shared, "draws": draws}
+        yield case(label, rows, columns, dtype, torch.float32, unit=True, **options)
+
+
+def _form(bias: bool, shared: bool, draws: bool) -> str:
+    words = ["sigmoid" if bias else "infonce", "shared" if shared else "", "draws" if draws else ""]
+    return "/".join(word for word in words if word)
 
 
 def properties(number: int, dtype: torch.dtype, parameters: torch.dtype) -> Iterator[Case]:

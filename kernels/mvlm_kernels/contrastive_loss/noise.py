@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 # Constants of SplitMix64 (Steele, Lea and Flood, 2014): the increment, and the two multipliers of the finaliser.
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX1 = 0xBF58476D1CE4E5B9
-_MIX2 = 0x94D049BB133111EB
+GOLDEN = 0x9E3779B97F4A7C15
+MIX1 = 0xBF58476D1CE4E5B9
+MIX2 = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
@@ -24,9 +24,9 @@ def _mix(x: Tensor, low_bits: bool = True) -> Tensor:
     low_bits=False leaves out the last step, which changes only the lowest 33 bits.
     """
     x ^= _shift(x, 30)
-    x *= _signed(_MIX1)
+    x *= _signed(MIX1)
     x ^= _shift(x, 27)
-    x *= _signed(_MIX2)
+    x *= _signed(MIX2)
     if low_bits:
         x ^= _shift(x, 31)
     return x
@@ -36,8 +36,8 @@ def _mix_number(x: int) -> int:
     """SplitMix64's finaliser of a 64-bit pattern, on the host."""
     mask = (1 << 64) - 1
     x &= mask
-    x = (x ^ (x >> 30)) * _MIX1 & mask
-    x = (x ^ (x >> 27)) * _MIX2 & mask
+    x = (x ^ (x >> 30)) * MIX1 & mask
+    x = (x ^ (x >> 27)) * MIX2 & mask
     return x ^ (x >> 31)
 
 
@@ -56,11 +56,11 @@ def noise_key(seed: int, step: int | Tensor, direction: int, device: torch.devic
     if torch.compiler.is_compiling() and not isinstance(step, Tensor):
         # A number that changes is symbolic there, and torch cannot guard Python's arithmetic on it.
         step = torch.full((), step, dtype=torch.int64, device=device)
-    key = seed * _GOLDEN + direction * _MIX2
+    key = seed * GOLDEN + direction * MIX2
     if isinstance(step, Tensor):
-        return _mix(step * _signed(_MIX1) + _signed(key))
+        return _mix(step * _signed(MIX1) + _signed(key))
     # torch.full fills the key on the device. torch.tensor would copy it from the host, and the step would wait.
-    return torch.full((), _signed(_mix_number(key + step * _MIX1)), dtype=torch.int64, device=device)
+    return torch.full((), _signed(_mix_number(key + step * MIX1)), dtype=torch.int64, device=device)
 
 
 def gumbel_noise(key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def gumbel_noise(key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
     It is a hash of the arguments: the noise of a pair does not depend on the block that it is computed in.
     """
-    bits = _mix(rows * _signed(_GOLDEN) + key) + columns * _signed(_GOLDEN)
+    bits = _mix(rows * _signed(GOLDEN) + key) + columns * _signed(GOLDEN)
     # (k + 0.5) / 2^23 with k < 2^23 is exact in fp32, so it is never 0 or 1.
     uniform = _shift(_mix(bits, low_bits=False), 41).float().add_(0.5).div_(1 << 23)
     return uniform.log_().neg_().log_().neg_()

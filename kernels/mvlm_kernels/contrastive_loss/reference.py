@@ -3,7 +3,7 @@
 Shape legend: n rows (images), G columns (captions), E width, R and C rows and columns of a block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,15 @@ ROWS = 1024
 LOWEST = float("-inf")
 
 
+def blocks(rows: int, columns: int, logits: int, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of blocks of about so many logits. The width of all but the last is a multiple of `multiple`."""
+    height = max(1, min(rows, ROWS))
+    width = max(1, logits // height // multiple) * multiple
+    for c in range(0, columns, width):
+        for r in range(0, rows, height):
+            yield slice(r, r + height), slice(c, c + width)
+
+
 class Pairs:
     """Right pairs of the loss, and matching pairs, which are no negatives: those that share an image or a text."""
 
@@ -32,15 +41,11 @@ class Pairs:
         self._ids = [x.contiguous() for x in (image_id, text_id) if x is not None] or [self.columns]
         ones = torch.ones(columns, dtype=dtype, device=rows.device)
         # Both directions of InfoNCE weigh a right pair, and the sigmoid loss has it once.
-        self._weights = ones / 2 if sigmoid else ones / _number_of_matches(self._ids) if shared else ones
+        self.share = ones / 2 if sigmoid else ones / _number_of_matches(self._ids) if shared else ones
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """Blocks of rows and columns, in the order in which sums are added up."""
-        height = max(1, min(len(self.rows), ROWS))
-        width = max(1, BLOCK.get(self.rows.device.type, BLOCK_ELSEWHERE) // height)
-        for c in range(0, len(self.columns), width):
-            for r in range(0, len(self.rows), height):
-                yield slice(r, r + height), slice(c, c + width)
+        """Blocks of this device, in the order in which sums are added up."""
+        return blocks(len(self.rows), len(self.columns), BLOCK.get(self.rows.device.type, BLOCK_ELSEWHERE))
 
     def matches(self, r: slice, c: slice) -> Tensor:
         """bool (R, C), True = row and column share an image or a text."""
@@ -49,13 +54,13 @@ class Pairs:
 
     def weights(self, matches: Tensor, r: slice, c: slice) -> Tensor:
         """(R, C), weights of the logits of shared right pairs; 0 elsewhere."""
-        return matches * (self._weights[self.rows[r], None] + self._weights[c])
+        return matches * (self.share[self.rows[r], None] + self.share[c])
 
     def own(self, r: slice, c: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Column int64 in the block of each row's own pair, whether it lies inside, and its weight: (R, 1) each."""
         rows, columns = self.rows[r, None], self.columns[c]
         inside = (rows >= columns[0]) & (rows <= columns[-1])
-        return (rows - columns[0]).clamp(0, len(columns) - 1), inside, inside * 2 * self._weights[rows]
+        return (rows - columns[0]).clamp(0, len(columns) - 1), inside, inside * 2 * self.share[rows]
 
 
 def _number_of_matches(ids: list[Tensor]) -> Tensor:
@@ -127,11 +132,10 @@ def backward(
     rows: Tensor, image_id: Tensor | None, text_id: Tensor | None, shared: bool, lse: Tensor, column_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of image, text, log_scale and bias (0 for InfoNCE), from those of terms (n,) and of columns (G,)."""
-    dtype = lse.dtype
-    pairs = Pairs(rows, len(text), image_id, text_id, shared, bias is not None, dtype)
-    d_image, d_text = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (image, text))
-    scale, d_bias = log_scale.exp().to(dtype), torch.zeros(log_scale.shape, dtype=dtype, device=lse.device)
-    for r, c in pairs.blocks():
+    pairs = Pairs(rows, len(text), image_id, text_id, shared, bias is not None, lse.dtype)
+    scale = log_scale.exp().to(lse.dtype)
+
+    def of_block(r: slice, c: slice) -> tuple[Tensor, Tensor | None]:
         x = _product(image[r], text[c].T).mul_(scale)
         if bias is None:
             dx = torch.sub(x, lse[r, None]).exp_().mul_(grad[r, None])
@@ -143,8 +147,26 @@ def backward(
         else:
             place, _, weight = pairs.own(r, c)
             dx.scatter_(1, place, dx.gather(1, place) - weight * grad[r, None])
-        if bias is not None:
-            d_bias += dx.sum()
+        return dx, None if bias is None else dx.sum()
+
+    return gradients(image, text, scale, log_scale, pairs.blocks(), of_block)
+
+
+def gradients(
+    image: Tensor, text: Tensor, scale: Tensor, log_scale: Tensor, of_blocks: Iterable[tuple[slice, slice]],
+    of_block: Callable[[slice, slice], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of image, text, log_scale and bias from those of the logits.
+
+    of_block: gradients of the logits of a block (R, C), before they are divided by scale, and their sum if a bias
+    learns. They are in the dtype of scale, or rounded to that of both embeddings.
+    """
+    d_image, d_text = (torch.zeros(x.shape, dtype=scale.dtype, device=x.device) for x in (image, text))
+    d_bias = torch.zeros(log_scale.shape, dtype=scale.dtype, device=scale.device)
+    for r, c in of_blocks:
+        dx, of_bias = of_block(r, c)
+        if of_bias is not None:
+            d_bias += of_bias
         _add_product(d_image[r], dx, text[c])
         _add_product(d_text[c], dx.T, image[r])
     # A logit is its own derivative by log_scale: sum dx x = sum image d_image.
@@ -192,4 +214,4 @@ def _add_product(out: Tensor, dx: Tensor, x: Tensor) -> None:
     if _in_16_bits(x, x):
         out += torch.mm(dx.to(x.dtype), x, out_dtype=torch.float32)
     else:
-        out.addmm_(dx, x.to(dx.dtype))
+        out.addmm_(dx.to(out.dtype), x.to(out.dtype))

@@ -19,7 +19,7 @@ from mvlm_kernels.cross_attention.arguments import (
     unflattened,
 )
 from mvlm_kernels.cross_attention.reference import reference_backward, reference_forward
-from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
+from mvlm_kernels.dispatch import FLOAT64, NO_TF32, Refusal, refusal
 
 _NAME = "cross_attention"
 
@@ -232,8 +232,7 @@ def type_reasons(
     if dtype == torch.float64:
         return (FLOAT64,)
     if dtype == torch.float32 and not tf32:
-        reason = 'float32 kernels use TF32, which float32_matmul_precision "highest" forbids'
-        return (refusal(reason, 'torch runs; torch.set_float32_matmul_precision("high") allows TF32'),)
+        return (NO_TF32,)
     from mvlm_kernels.cross_attention.tiles import has_tiles
 
     if not has_tiles(dtype, width, rows, arch, extras):

@@ -1,5 +1,6 @@
 """The contrastive losses of the benchmark are one loss, and the counts of its table are those of its definitions."""
 
+import importlib
 import re
 
 import pytest
@@ -29,3 +30,17 @@ def test_the_table_counts_products(monkeypatch, capsys):
     assert products["contrastive_terms"] == products["contrastive_terms, with draws"] == 4
     assert products["two directions, logits kept"] == 6
     assert products["two directions, blocks of 128 rows"] == 8
+
+
+def test_kernels_multiply_as_often_as_torch_and_move_less():
+    """A logit is in no memory forward, and backward its gradient is written once and read twice: 12 bytes."""
+    kernels = importlib.import_module("mvlm_kernels.contrastive_loss.triton")
+    for draw, sigmoid in ((False, False), (True, False), (False, True)):
+        by_torch, found = (
+            contrastive.count_on_gpu(by, 512, 32768, 256, draw, sigmoid) for by in (contrastive.reference, kernels)
+        )
+        assert found[0] == by_torch[0] == 4
+        assert 12 < found[1] < by_torch[1] / 4
+        assert found[2] < by_torch[2] / 4
+        assert found[3] < by_torch[3] / 4
+        assert found[4] <= by_torch[4]
