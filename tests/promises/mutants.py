@@ -60,7 +60,7 @@ ROOMS = {
 
 
 class Mutant(NamedTuple):
-    """One change of one function. `function` is a hash of the function's text, which finds it in another checkout."""
+    """One change of one function. `function` is a hash of the function's code, which finds it in another checkout."""
 
     file: str
     name: str
@@ -107,7 +107,12 @@ def dedented(text: str) -> str:
 
 
 def hash_of(text: str) -> str:
-    return hashlib.sha256(dedented(text).encode()).hexdigest()[:16]
+    """Hash of a function's code, which its docstring, comments and layout do not change."""
+    function = ast.parse(dedented(text)).body[0]
+    assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+    if ast.get_docstring(function) is not None:
+        del function.body[0]
+    return hashlib.sha256(ast.unparse(function).encode()).hexdigest()[:16]
 
 
 def lines_of(node: ast.stmt) -> set[int]:

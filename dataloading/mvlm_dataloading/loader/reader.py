@@ -27,6 +27,8 @@ from .segment import DecodedSegment, KeptSegment, KeptSplit, RawBatch, ReaderCon
 
 log = logging.getLogger(__name__)
 
+MOST_ATTEMPTS = 16
+"""Times that a batch is read again after an error that none of its images caused, such as a lack of memory."""
 _NAMED = re.compile(r"Failed to decode sample #(\d{1,9})\b")
 
 # Each DALI pipeline reads one segment of the sample order. The first segment is short, so the first batch comes soon.
@@ -97,7 +99,7 @@ class Reader:
         """The next batch; None at the end of a pass."""
         if not self.config.train and self.progress.position >= len(self._dataset):
             return None
-        again = False
+        again = 0
         while True:
             if self._segment is None or self._segment.exhausted:
                 self._close_segment()  # first, because two pipelines need twice the memory
@@ -109,9 +111,10 @@ class Reader:
                 if not threading.main_thread().is_alive():
                     raise  # the interpreter is exiting and has shut DALI down; no image caused this error
                 found = self._cause(self._segment.current()[0], error)
-                if not found and again:
+                if not found and again == MOST_ATTEMPTS:
                     raise
-                if again := not found:  # a lack of memory, perhaps
+                again = 0 if found else again + 1
+                if again:  # a lack of memory, perhaps
                     log.warning("a batch is read again, because of an error that no image caused: %s", error)
                 self._mark_bad(found)
                 self._close_segment()
