@@ -96,6 +96,7 @@ def test_blocks_are_compiled_at_the_first_step_of_a_stage_alone():
     np.testing.assert_allclose(*losses, rtol=1e-10)
     for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
         if theirs.grad is not None:
+            assert ours.grad is not None
             np.testing.assert_allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12, err_msg=name)
     assert 0 < graphs[2] < graphs[3] == graphs[-1] <= 8
 

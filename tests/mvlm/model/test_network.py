@@ -96,7 +96,10 @@ def test_images_of_another_side_are_those_of_a_resized_model(side, ratio, change
     """Losses and gradients of a model of that side whose positions torch interpolated from the parameters."""
     model = micro_model(**changes)
     other = micro_model(image_size=side, image_mask_ratio=ratio, **changes)
-    tensors, position = model.state_dict(), model.image_encoder.position.detach().clone().requires_grad_()
+    encoder, other_encoder = model.image_encoder, other.image_encoder
+    assert isinstance(encoder, ImageEncoder)
+    assert isinstance(other_encoder, ImageEncoder)
+    tensors, position = model.state_dict(), encoder.position.detach().clone().requires_grad_()
     square = position[1:].T.reshape(1, -1, 4, 4)
     cells = F.interpolate(square, size=side // 8, mode="bicubic", antialias=True, align_corners=False)
     resized = torch.cat([position[:1], cells.flatten(2)[0].T])
@@ -111,11 +114,11 @@ def test_images_of_another_side_are_those_of_a_resized_model(side, ratio, change
     for name, loss in wanted.items():
         torch.testing.assert_close(losses[name], loss, rtol=0, atol=1e-6, msg=name)  # the matrix is in fp32
     found = {name: p.grad for name, p in model.named_parameters()}
-    (of_position,) = torch.autograd.grad(resized, position, other.image_encoder.position.grad)
+    (of_position,) = torch.autograd.grad(resized, position, other_encoder.position.grad)
     gradients = {name: p.grad for name, p in other.named_parameters()} | {"image_encoder.position": of_position}
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
     assert model.config is before
-    assert torch.equal(model.image_encoder.positions(), model.image_encoder.position)
+    assert torch.equal(encoder.positions(), encoder.position)
     with pytest.raises(ValueError, match="wanted"):
         model(batch, masks, plan=plan)
