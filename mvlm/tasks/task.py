@@ -229,7 +229,7 @@ class Task(nn.Module):
     def evaluate(
         self, dataset: Dataset, precision: str, implementation: Implementation, workspace: Workspace
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Evaluate a split: (figures, {"sample": number, **prediction} of each sample in order), equal on every rank.
+        """Evaluate a split: (figures, ``{"sample": number, **prediction}`` of each sample in order), equal on every rank.
 
         Each rank predicts a part of the split, in the batches that one rank would make. The task must be in eval mode.
         EvaluationStopped if the workspace asks for an early end.
@@ -258,7 +258,7 @@ class Task(nn.Module):
         A 95 % interval has the key `NAME_95`. `majority` is a baseline: the main figure if every prediction were the
         most frequent right answer.
 
-        records: {"sample": number, **prediction} of each sample, in order.
+        records: ``{"sample": number, **prediction}`` of each sample, in order.
         """
         raise NotImplementedError
 
@@ -266,7 +266,7 @@ class Task(nn.Module):
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict] | None:
         """Right or wrong, for each prediction of a split, in order; None if reports show no examples of the task.
 
-        records: {"sample": number, **prediction} of each sample, in order.
+        records: ``{"sample": number, **prediction}`` of each sample, in order.
         """
         return None
 
