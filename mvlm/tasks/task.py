@@ -229,7 +229,7 @@ class Task(nn.Module):
     def evaluate(
         self, dataset: Dataset, precision: str, implementation: Implementation, workspace: Workspace
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Evaluate a split: (figures, ``{"sample": number, **prediction}`` of each sample in order), equal on all ranks.
+        """Evaluate a split: (figures, ``{"sample": number, **prediction}`` of each sample in order), on every rank.
 
         Each rank predicts a part of the split, in the batches that one rank would make. The task must be in eval mode.
         EvaluationStopped if the workspace asks for an early end.
