@@ -53,7 +53,7 @@ def write_link(folder: Path, samples: int) -> Path:
         add_shard(splits, "train", dict(shard), SHARD)
     out = folder / "linked"
     out.mkdir()
-    about = dict.fromkeys(("name", "source", "licence", "attribution"), "")
+    about: dict[str, str] = dict.fromkeys(("name", "source", "licence", "attribution"), "")
     write_description(out, about, {}, splits, {}, captions=one["captions"])
     with index_path(out, "train").open("w+b") as file:
         shards = splits["train"]["shards"]

@@ -43,9 +43,9 @@ OTHER_METHODS: dict[str, tuple[dict[str, Any], tuple[Objective, ...]]] = {
     "itc_itm": ({}, (ITC(), ITM())),
 }
 """Contenders whose method and losses are others -> changes of the configuration, and objectives."""
-IMPLEMENTATIONS: dict[str, Literal["plain", "fast"]] = {"plain": "plain", "fast": "fast"} | dict.fromkeys(
-    OTHER_METHODS, "fast"
-)
+IMPLEMENTATIONS: dict[str, Literal["plain", "fast"]] = {
+    "plain": "plain", "fast": "fast", **dict.fromkeys(OTHER_METHODS, "fast")
+}  # fmt: skip
 """Our contenders -> argument `plan` of the model."""
 COMPILED = ("timm+roberta-compiled", "timm+decoder-layer-compiled", "timm+roberta-math-compiled", "fast-compiled")
 CONTENDERS = (*BASELINES, *COMPILED[:-1], "plain", "fast", "fast-compiled", *OTHER_METHODS)
