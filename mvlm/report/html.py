@@ -1,4 +1,4 @@
-"""The HTML of all pages: the template environment, tables, images, and line charts as inline SVG."""
+"""The HTML of all pages: the template environment, tables, images, and charts of lines and intervals as inline SVG."""
 
 import base64
 import io
@@ -19,6 +19,7 @@ from mvlm_dataloading.files import write_file
 
 WIDTH, HEIGHT = 460, 210  # of a chart, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 30
+INTERVALS_WIDTH, ROW = 640, 34  # of a chart of intervals, and the height of a row, in pixels
 POINTS = 1000  # of a line with twice as many values or more; a chart is 392 px wide between its margins
 FOLDER = Path(__file__).parent
 ENVIRONMENT = Environment(
@@ -129,6 +130,39 @@ def line_chart(
         top=TOP,
         bottom=HEIGHT - BOTTOM,
         lines=[" ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line) for line in points.values()],
+    )
+
+
+def interval_chart(title: str, rows: Mapping[str, tuple[float, float, float]]) -> Markup:
+    """An SVG with a dot and a line for each row (name -> value, low and high end of its interval), and a line at 0.
+
+    A row whose interval leaves out 0 is bold and coloured.
+    """
+    low, high, step = nice_range(min(0, *(low for _, low, _ in rows.values())), max(0, *(h for *_, h in rows.values())))
+
+    def px(x: float) -> str:
+        return f"{RIGHT + (x - low) / (high - low) * (INTERVALS_WIDTH - 2 * RIGHT):.1f}"
+
+    ticks = [low + n * step for n in range(round((high - low) / step) + 1)]
+    return render(
+        "intervals.html",
+        title=title,
+        width=INTERVALS_WIDTH,
+        bottom=ROW * len(rows) + TOP,
+        ticks=[{"x": px(x), "text": f"{x:.4g}"} for x in ticks],
+        zero=px(0),
+        rows=[
+            {
+                "name": name,
+                "y": ROW * number,
+                "value": px(value),
+                "low": px(left),
+                "high": px(right),
+                "kind": "apart" if left > 0 or right < 0 else "around",
+                "text": f"{value:+.3g} [{left:+.3g}, {right:+.3g}]",
+            }
+            for number, (name, (value, left, right)) in enumerate(rows.items(), 1)
+        ],
     )
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mvlm.errors import ConfigError
 from mvlm.evaluation.retrieval import DIRECTIONS, RECALLS_AT
 from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
-from mvlm.report.html import line_chart, table, write_page
+from mvlm.report.html import interval_chart, line_chart, table, write_page
 from mvlm.statistics import Interval, grouped_bootstrap, mean_interval, t_quantile
 from mvlm.studies.evidence import PILOT, evidence, seeds_needed
 from mvlm.studies.study import FIGURES, Study
@@ -293,7 +293,7 @@ def write_study_page(study: Study, results: Sequence[Result], file: Path) -> Pat
         answers=[answer(study, measure, rows) for measure, rows in found.items()],
         evidence=table(*evidence(study, arms)) if study.preset else None,
         power=power(study, arms),
-        tables=[(measure, comparison_table(study, rows)) for measure, rows in found.items()],
+        tables=[(m, differences_chart(study, rows), comparison_table(study, rows)) for m, rows in found.items()],
         settings=settings_table(study),
         cost=cost_table(arms),
         paper=paper_table(study),
@@ -332,6 +332,20 @@ def power(study: Study, arms: dict[str, list[Result]]) -> str:
             if len(first) == PILOT:
                 needed[arm] = f"{arm}: {seeds_needed(deviation, study.effect)} (differences of sd {deviation:.2g})"
     return "; ".join(needed.values())
+
+
+def differences_chart(study: Study, rows: dict[str, Comparison]) -> Markup | None:
+    """SVG of one measure: each arm's difference to its partner, with the interval that `answer` reads.
+
+    None if no arm has a partner.
+    """
+    found = {}
+    for arm, c in rows.items():
+        partner = study.partner(arm)
+        if partner != arm:
+            name = arm if partner == study.base else f"{arm} against {partner}"
+            found[f"{name}, {c.seeds} seed{'s' * (c.seeds > 1)}"] = (c.difference, *(c.over_images or c.over_seeds))
+    return interval_chart(f"difference to {study.base}, 95 % interval", found) if found else None
 
 
 def comparison_table(study: Study, rows: dict[str, Comparison]) -> Markup:

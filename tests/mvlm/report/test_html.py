@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mvlm.report.figures import curves, parts
-from mvlm.report.html import HEIGHT, WIDTH, line_chart, nice_range, render, series, thumbnail, write_page
+from mvlm.report.html import (
+    HEIGHT,
+    WIDTH,
+    interval_chart,
+    line_chart,
+    nice_range,
+    render,
+    series,
+    thumbnail,
+    write_page,
+)
 from mvlm.search.index import Hit
 from support.pages import Page
 from support.scenes import png
@@ -76,6 +86,23 @@ def test_chart_points_stand_where_the_axes_say():
     assert all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in line)
     names = line_chart("<script>", {"<script>": ([1, 2], [3, 4]), "<b>": ([1, 3], [5, 6])}, {"<i>": 9})
     assert [key.text for key in parse(names).iter("span")] == ["<script>", "<b>"]  # plain text
+
+
+def test_intervals_stand_where_the_axis_says():
+    chart = interval_chart("R@1", {"<b>": (2.0, -1.0, 5.0), "more": (-3.0, -4.0, -2.0)})
+    root = parse(chart)
+    ticks = {text.text: float(text.attrib["x"]) for text in root.iter("text") if text.get("text-anchor")}
+    zero, unit = ticks["0"], (ticks["4"] - ticks["-4"]) / 8
+    lines = [line for line in root.iter("line") if line.attrib["class"] in ("around", "apart")]
+    dots = list(root.iter("circle"))
+    expected = [("around", 2, -1, 5), ("apart", -3, -4, -2)]
+    for line, dot, (kind, value, low, high) in zip(lines, dots, expected, strict=True):
+        assert line.attrib["class"] == dot.attrib["class"] == kind
+        found = [float(x) for x in (dot.attrib["cx"], line.attrib["x1"], line.attrib["x2"])]
+        assert found == pytest.approx([zero + unit * x for x in (value, low, high)], abs=0.2)
+    (guide,) = (line for line in root.iter("line") if line.attrib["class"] == "guide")
+    assert float(guide.attrib["x1"]) == zero
+    assert [text.text for text in root.iter("text") if not text.get("text-anchor")] == ["<b>", "more"]  # plain text
 
 
 @pytest.mark.slow

@@ -184,3 +184,14 @@ def test_the_papers_figures_are_a_table_of_their_own() -> None:
     assert page.paper_table(replace(study, paper={})) is None
     table = page.paper_table(replace(study, paper={"all": {"ir.r1": 44.5}, "ITC": {"ir.r1": 40.0, "tr.r1": 58.25}}))
     assert Page(str(table)).rows == [["arm", "ir.r1", "tr.r1"], ["all", "44.5", ""], ["ITC", "40", "58.25"]]
+
+
+def test_a_study_draws_the_interval_of_each_arm_with_a_partner() -> None:
+    study = read_study(STUDY)
+    other = next(arm for arm in study.arms if arm != study.base)
+    row = Comparison(2, 1.0, 0.0, 2.0, Interval(1, 3), Interval(-1, 5), 0.0, 0.0)
+    chart = page.differences_chart(study, {study.base: row, other: row})
+    assert chart is not None
+    assert "+2 [-1, +5]" in chart
+    assert chart.count("<circle") == 1
+    assert page.differences_chart(study, {study.base: row}) is None
