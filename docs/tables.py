@@ -610,6 +610,7 @@ TABLES = {
     "run-speed": run_speed,
     "study-objectives": lambda: study("objectives", "objectives"),
     "study-objective-now": lambda: study("objective_now", "what is changed"),
+    "study-own-ideas": lambda: study("own_ideas", "arm"),
     "study-scenes": lambda: study("scenes", "objective", data="scenes"),
     "study-scenes-claim": claim,
     "study-claim-time": claim_in_equal_time,

@@ -105,10 +105,19 @@ class Trial:
 
     def same_settings(self, result: dict[str, Any]) -> bool:
         """True if a result is of a trial with the same settings. Results of older versions lack the hashes of files."""
-        settings, wanted = settings_said(result.get("settings", {}), self.config), self.settings
+        settings, wanted = self.said(result), self.settings
         if "files" not in settings:
             wanted.pop("files", None)
         return result.get("format_version") == FORMAT_VERSION and settings == wanted
+
+    def said(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Settings that a result states, and those of its fine-tuning, brought to this version by `settings_said`."""
+        settings = settings_said(result.get("settings", {}), self.config)
+        then = settings.get("then", {})
+        configs = {stage.name: stage.config for stage in self.then}
+        for name in configs.keys() & then.keys():
+            settings["then"] = settings["then"] | {name: settings_said(then[name], configs[name])}
+        return settings
 
     def same_images(self, result: dict[str, Any]) -> bool:
         """True if a result was found on the images that this trial is evaluated on.
@@ -125,9 +134,8 @@ def read_result(trial: Trial) -> dict[str, Any] | None:
     if not trial.file.exists():
         return None
     result = read_json(trial.file, "figures", "the result of a trial", Result)
-    settings = result["settings"]
     if not trial.same_settings(result):
-        settings, wanted = settings_said(settings, trial.config), trial.settings
+        settings, wanted = trial.said(result), trial.settings
         names = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
         raise RunError(
             f"{trial.file}: wanted a trial with this study's settings, found one with another "

@@ -1,12 +1,13 @@
 """The committed studies: every trial has a valid configuration."""
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from mvlm.studies.study import read_study, trial_config
-from mvlm.studies.trial import settings_of, settings_said
+from mvlm.studies.study import read_study, stage_config, trial_config
+from mvlm.studies.trial import Stage, Trial, settings_of, settings_said
 
 STUDIES = Path(__file__).parents[3] / "studies"
 FILES = sorted(STUDIES.glob("*.toml"))
@@ -42,3 +43,39 @@ def test_committed_trials_of_a_task_have_their_studys_settings(file: Path) -> No
         said, wanted = settings_said(trial["settings"], config), settings_of(config)
         assert wanted["batch_size"] == config.batch_size
         assert {name: said.get(name) for name in wanted} == wanted
+
+
+SCENES = RESULTS.parent / "studies"
+
+
+@pytest.mark.parametrize("name", ["scenes", "scenes_claim", "scenes_saturation"])
+def test_committed_trials_that_were_fine_tuned_are_reused(name: str) -> None:
+    """Settings of the fine-tuning that are newer than a trial have their defaults, as those of the training have."""
+    study = read_study(STUDIES / f"{name}.toml")
+    results = [json.loads(line) for line in gzip.open(SCENES / f"scenes-{name}.jsonl.gz")]
+    assert results
+    for result in results:
+        arm, seed, settings = result["arm"], result["seed"], result["settings"]
+        config = trial_config(study, arm, seed, Path("data"), Path("out"), settings["max_steps"])
+        stages = [
+            Stage(
+                name=task,
+                config=stage_config(study, task, seed, Path("start"), Path("then")),
+                samples=settings["then"][task]["samples"],
+                evaluated=settings["then"][task]["evaluated"],
+            )
+            for task in study.then
+        ]
+        trial = Trial(
+            arm=arm,
+            seed=seed,
+            config=config,
+            flops=None,
+            data=Path("data"),
+            samples=settings["samples"],
+            splits=(study.split,),
+            rerank=settings["rerank"],
+            folder=Path("out"),
+            then=tuple(stages),
+        )
+        assert trial.same_settings(result)
