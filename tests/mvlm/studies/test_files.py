@@ -52,7 +52,8 @@ SCENES = RESULTS.parent / "studies"
 def test_committed_trials_that_were_fine_tuned_are_reused(name: str) -> None:
     """Settings of the fine-tuning that are newer than a trial have their defaults, as those of the training have."""
     study = read_study(STUDIES / f"{name}.toml")
-    results = [json.loads(line) for line in gzip.open(SCENES / f"scenes-{name}.jsonl.gz")]
+    packed = (SCENES / f"scenes-{name}.jsonl.gz").read_bytes()
+    results = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
     assert results
     for result in results:
         arm, seed, settings = result["arm"], result["seed"], result["settings"]
