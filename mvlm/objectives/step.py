@@ -105,7 +105,9 @@ class BatchObjective(Objective):
 
     By default it compares each image with all captions, and reads gathered embeddings. One that needs only sums over
     the pairs, such as a correlation of embeddings, returns no `views`, and takes `Features.embed` and
-    `Features.global_sum`. One that reads no embeddings has its own `trains`.
+    `Features.global_sum`. One that compares images, or captions, among themselves keeps the default `views`, calls
+    `sum_over_logits` with `within=True`, ignores the other direction, and names in `trains` and `encoders` its side
+    alone. One that reads no embeddings has its own `trains`.
     """
 
     trains = ("image_projection", "text_projection")
