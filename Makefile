@@ -157,8 +157,8 @@ proof-gallery: build/gallery/.installed
 emulate: $(VENV)/.installed
 	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulator tests/triton_proof -n $(JOBS) -k "$(CASES)"
 
-# The walks take about 20 minutes of one core. Their tables are copied only if there is no fault.
-## test-integrations  swap the attention of every transformers class, the patch embedding of every timm model
+# The walks take about 25 minutes of one core. Their tables are copied only if there is no fault.
+## test-integrations  swap the attention of every transformers class, patch embeddings and blocks of timm
 test-integrations: $(VENV)/.installed
 	rm -rf build/walks
 	mkdir -p build/walks

@@ -578,13 +578,20 @@ def another_artist() -> str:
     return markdown(rows)
 
 
+FORMS = (
+    "post-norm", "gate, scale and shift", "RMSNorm", "LayerScale", "LayerNorm and rotated halves", "rotated halves",
+    "rotated pairs", "InfoNCE with draws", "InfoNCE", "sigmoid",
+)  # fmt: skip
+"""Words of a case's shape that tell it from others of the same kernels."""
+
+
 def kernel_bounds() -> str:
-    """Instructions and bytes a value of each kernel of a step, and the time by instructions over that by bytes."""
+    """Instructions and bytes a value of each kernel, and the time by instructions over that by bytes."""
     found = json.loads((RESULTS / "bounds.json").read_text())["rows"]
     archs = list(found[0]["machine"])
     rows = [["kernel", *(f"instructions, {arch}" for arch in archs), "bytes", "registers, sm_90", *found[0]["bounds"]]]
     for row in found:
-        name = f"`{row['kernels'][0]}`" + (", post-norm" if "post-norm" in row["shape"] else "")
+        name = f"`{row['kernels'][0]}`" + next((f", {form}" for form in FORMS if form in row["shape"]), "")
         counts = [f"{row['machine'][arch]['of_a_value']:.1f}" for arch in archs]
         shares = [bound["issue_us"] / bound["memory_us"] for bound in row["bounds"].values()]
         cells = [f"**{share:.2f}**" if share > 1 else f"{share:.2f}" for share in shares]

@@ -54,14 +54,20 @@ def spill_bytes(ptx: str, arch: str) -> int:
 
 
 class Instructions(NamedTuple):
-    """Numbers of a kernel's machine instructions: outside its loop, and in the loop's body (0 without a loop)."""
+    """Numbers of a kernel's machine instructions: outside its loops, and in each loop but not in a loop within it.
+
+    A loop stands before those that start later, so before those within it.
+    """
 
     outside: int
-    body: int
+    loops: tuple[int, ...] = ()
 
-    def executed(self, trips: float) -> float:
-        """Instructions that a warp issues if the loop is run through `trips` times."""
-        return self.outside + trips * self.body
+    def executed(self, *trips: float) -> float:
+        """Instructions that a warp issues if it runs through the loops so many times, in all.
+
+        Raises ValueError for another number of trips than of loops.
+        """
+        return self.outside + sum(trip * body for trip, body in zip(trips, self.loops, strict=True))
 
 
 def instructions(cubin: bytes) -> Instructions:
@@ -70,11 +76,11 @@ def instructions(cubin: bytes) -> Instructions:
 
 
 def counted(listing: str) -> Instructions:
-    """Instructions of a kernel with at most one loop, which a branch to an earlier address ends.
+    """Instructions of a kernel and of its loops, each of which a branch to an earlier address ends.
 
     A branch forward counts as not taken, and waits count as if they were over at once: a loop that sleeps is none, and
     code behind the last exit, to which sm_100 goes for another look at a product or with an error, is left out. Raises
-    ValueError for several loops and for subroutines: how often they run is not in the code. listing: of cuobjdump.
+    ValueError for subroutines: how often they run is not in the code. listing: of cuobjdump.
     """
     code = [(int(number, 16), text) for number, text in _INSTRUCTION.findall(listing)]
     exits = [number for number, (_, text) in enumerate(code) if text == "EXIT"]
@@ -90,7 +96,7 @@ def counted(listing: str) -> Instructions:
             body = [text for at, text in code if target <= at <= address]
             if not any("NANOSLEEP" in text for text in body):
                 loops[target] = address  # the last branch to a loop's head ends it
-    if len(loops) > 1:
-        raise ValueError(f"the kernel has {len(loops)} loops")
-    inside = sum(first <= address <= last for first, last in loops.items() for address, _ in code)
-    return Instructions(len(code) - inside, inside)
+    numbers = dict.fromkeys([None, *sorted(loops)], 0)
+    for address, _ in code:
+        numbers[max((first for first, last in loops.items() if first <= address <= last), default=None)] += 1
+    return Instructions(numbers.pop(None), tuple(numbers.values()))

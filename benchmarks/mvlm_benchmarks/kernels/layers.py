@@ -70,16 +70,23 @@ def rotary_eager(inputs: Inputs) -> Any:
 def norm_eager(inputs: Inputs) -> Function:
     """The chain of torch ops that autocast runs: the linear layer's bias, add, LayerNorm in float32, cast.
 
-    With gate, scale and shift it is that of a DiT block.
+    With gate, scale and shift it is that of a DiT block, and with a gate (C,) that of LayerScale.
     """
-    if "gate" not in inputs.leaves:
+    fixed, names = inputs.fixed, list(inputs.leaves)
+    eps, dtype = fixed["eps"], fixed["out_dtype"]
+    if "gate" not in names and fixed.get("kind") != "rms":
         return _norm_chain(inputs, lambda x, weight, bias, eps: F.layer_norm(x, (PAPER.width,), weight, bias, eps))
-    eps, dtype = inputs.fixed["eps"], inputs.fixed["out_dtype"]
 
-    def compute(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + gate[:, None] * y
-        normalised = F.layer_norm(total, (PAPER.width,), eps=eps)
-        return total, (normalised * (1 + scale[:, None]) + shift[:, None]).to(dtype)
+    def compute(x: Tensor, y: Tensor, *vectors: Tensor) -> tuple[Tensor, Tensor]:
+        of = {name: v if v.ndim == 1 else v[:, None] for name, v in zip(names[2:], vectors, strict=True)}
+        total = x + (of["gate"] * y if "gate" in of else y)
+        if fixed.get("kind") == "rms":
+            normalised = F.rms_norm(total, (PAPER.width,), of.get("weight"), eps)
+        else:
+            normalised = F.layer_norm(total, (PAPER.width,), of.get("weight"), of.get("bias"), eps)
+        if "scale" in of:
+            normalised = normalised * (1 + of["scale"]) + of["shift"]
+        return total, normalised.to(dtype)
 
     return compute
 

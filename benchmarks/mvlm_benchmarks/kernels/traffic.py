@@ -7,8 +7,8 @@ share an address count once, as in hardware, and masked lanes do not count. Byte
 counts at two batches give that of 256 images. Sizes that kernels tile over are not reduced.
 
 That is what memory moves where a kernel touches each byte once. Where several programs read the same rows, it depends
-on the order of programs and on the size of the cache: the case with `key_index` is counted whole, through a
-:class:`Cache` that is scaled down with it.
+on the order of programs and on the size of the cache: contrastive losses are counted whole, through a :class:`Cache`,
+and so is the case with `key_index`, through one that is scaled down with it.
 """
 
 import argparse
@@ -39,9 +39,10 @@ from torch.utils._pytree import tree_leaves
 
 from mvlm_benchmarks.kernels.peers import EAGER, ours
 from mvlm_kernels import dispatch, use_backend
-from mvlm_kernels.add_layer_norm.cases import between_layers
+from mvlm_kernels.add_layer_norm import cases as add_layer_norm
 from mvlm_kernels.case import PAPER, Case, Inputs, as_results
 from mvlm_kernels.cases import timed
+from mvlm_kernels.contrastive_loss import cases as contrastive_loss
 from mvlm_kernels.cross_attention.cases import of_captions
 from mvlm_kernels.gelu_linear import cases as gelu
 from mvlm_kernels.hardware import GPUS
@@ -50,6 +51,8 @@ from mvlm_kernels.split_linear import cases as split
 BF16 = torch.bfloat16
 BATCH, SAMPLES = 256, (1, 2)
 """Batch size of the printed table, and the two batch sizes at which bytes are counted."""
+TOKEN_SAMPLES = (2, 4)
+"""Batch sizes of the counts of `qk_norm_rope`: they fill one and two multiprocessors as 256 fill those of an H100."""
 ROW_SAMPLES = (6, 8)
 """Images of the counts of ops on rows, whose programs walk: more rows than an H100 has programs for at once."""
 SECTOR = 32
@@ -57,6 +60,8 @@ SECTOR = 32
 L2, SHARE = 50_000_000, 192
 """Bytes of an H100's second-level cache (its architecture's white paper). The indexed case has as small a share of them
 as its keys are of those of 256 images with 12 heads."""
+
+RMS = add_layer_norm.Vectors("weight", y_bias=False, kind="rms")
 
 Access = Callable[[Any, Any, int, bool], None]
 """Account for one load or store: numpy arrays of byte addresses and of which are accessed, the item's size, write."""
@@ -73,11 +78,21 @@ def counted(batch: int) -> list[Case]:
         if not case.left_to_torch and case.op != "gelu_linear"
         and not re.search("captions|packed|key_index|577", case.label)
     ]  # fmt: skip
-    return [*found, between_layers(2 * batch * 197, BF16, post_norm=True), _gelu(batch), _split(batch)]
+    rows = 2 * batch * 197
+    norms = [
+        add_layer_norm.case(
+            f"{rows} rows of {PAPER.width}, residual in float32, {name}", (rows, PAPER.width), vectors=vectors, eps=1e-6
+        )
+        for name, vectors in (("RMSNorm", RMS), ("LayerScale", add_layer_norm.LAYER_SCALE))
+    ]
+    post_norm = add_layer_norm.between_layers(rows, BF16, post_norm=True)
+    return [*found, post_norm, *norms, _gelu(batch), _split(batch)]
 
 
 def samples_of(case: Case) -> tuple[int, int]:
-    rows = case.op in ("add_layer_norm", "gelu_linear", "split_linear") and "gate" not in case.label
+    if case.op == "qk_norm_rope":
+        return TOKEN_SAMPLES
+    rows = case.op in ("add_layer_norm", "gelu_linear", "split_linear") and "of each sample" not in case.label
     return ROW_SAMPLES if rows else SAMPLES
 
 
@@ -106,15 +121,53 @@ def _gelu_eager(inputs: Inputs) -> Any:
     return lambda h, weight, h_bias: F.gelu(h + h_bias.to(h))
 
 
-WITHOUT_PRODUCTS = {"gelu_linear": _gelu_eager, "split_linear": _split_eager}
-"""Compositions of eager torch of the ops that are counted without their products."""
-
-
 def indexed() -> Case:
     """Case of attention in which three captions read each image by key_index. Its backward is two kernels that read
     every input.
     """
     return of_captions(BF16, 2, len_q=32, len_k=197, batch=8, readers=24, index="popular")
+
+
+def contrasts() -> list[Case]:
+    """Contrastive losses of a rank's 512 pairs with all pairs, without the products that torch makes backward."""
+    rows, columns, width = 512, 32768, 256
+    found = []
+    for name, bias, draws in (("InfoNCE", False, False), ("InfoNCE with draws", False, True), ("sigmoid", True, False)):
+        case = contrastive_loss.case(
+            f"{rows} x {columns} of {width}, {name}", rows, columns, BF16, torch.float32, width=width, bias=bias,
+            draws=draws, unit=True,
+        )  # fmt: skip
+        item = BF16.itemsize
+        read, terms = item * width * (rows + columns), 4 * (2 * rows + columns * (1 if bias else 2))
+        minimum = read + terms, read + terms + item * rows * columns
+        found.append(
+            replace(case, minimum=minimum, product=(rows, columns, width), flops=(2 * rows * columns * width,) * 2)
+        )
+    return found
+
+
+def _contrast_eager(inputs: Inputs) -> Any:
+    """Terms of rows and of columns from kept logits, in float32 as autocast has them, without draws."""
+    own = inputs.fixed["rows"]
+
+    def compute(image: Tensor, text: Tensor, log_scale: Tensor, bias: Tensor | None = None) -> Any:
+        logits = (image @ text.T).float() * log_scale.exp()
+        if bias is None:
+            right = logits.gather(1, own[:, None])[:, 0]
+            return logits.logsumexp(1) - 2 * right, logits.logsumexp(0)
+        signs = torch.full_like(logits, -1.0).scatter(1, own[:, None], 1.0)
+        return F.softplus(-signs * (logits + bias)).sum(1)
+
+    return compute
+
+
+WITHOUT_PRODUCTS = {"gelu_linear": _gelu_eager, "split_linear": _split_eager, "contrastive_terms": _contrast_eager}
+"""Compositions of eager torch of the ops that are counted without products, or in other torch than the oracle's."""
+
+
+def every_case(batch: int) -> list[Case]:
+    """All cases of the table, those that are counted whole at the end."""
+    return [*counted(batch), indexed(), *contrasts()]
 
 
 class Counter:
@@ -223,15 +276,32 @@ def passes(case: Case, build: Callable[[Inputs], Any], count: Callable[[], Any])
 
 def _as_many_programs(case: Case) -> Any:
     """Context in which each sample has as many programs as on an H100 with the table's batch, if samples have any."""
-    if "gate" not in case.label:
+    if "of each sample" not in case.label and case.op != "qk_norm_rope":
         return nullcontext()
     multiprocessors = round(132 * int(case.label.split()[0]) / BATCH)
     return unittest.mock.patch.object(dispatch, "multiprocessors", return_value=multiprocessors)
 
 
-def measure(case: Case, new: Callable[[], Counter] = Counter) -> tuple[int, int]:
-    """(forward, backward) bytes of the kernels, interpreted."""
-    with use_backend("triton"), _as_many_programs(case):
+@contextmanager
+def _tensors_kept() -> Iterator[None]:
+    """Keep the tensors of all launches: memory that is given out anew would be counted by luck of the allocator."""
+    launch, kept = dispatch.launch, []
+
+    def kept_launch(*args: Any, **options: Any) -> None:
+        kept.append(args)
+        launch(*args, **options)
+
+    with unittest.mock.patch.object(dispatch, "launch", kept_launch):
+        yield
+
+
+def measure(case: Case, new: Callable[[], Counter] | None = None) -> tuple[int, int]:
+    """(forward, backward) bytes of the kernels, interpreted.
+
+    new: makes the counter, by default one of all accesses, and for `qk_norm_rope` a cache, in which its tables stay.
+    """
+    new = new or (lambda: Cache(L2) if case.op == "qk_norm_rope" else Counter())
+    with use_backend("triton"), _as_many_programs(case), _tensors_kept():
         return passes(case, lambda inputs: ours(case, inputs), lambda: counting(new()))
 
 
@@ -244,13 +314,14 @@ def extrapolated(few: tuple[int, ...], more: tuple[int, ...], samples: tuple[int
 def rows(select: str = "") -> list[dict[str, Any]]:
     """One row for each pass of each case whose "op shape" matches the regex."""
     found = []
-    for number, case in enumerate([*counted(BATCH), indexed()]):
+    for number, case in enumerate(every_case(BATCH)):
         if not re.search(select, f"{case.op} {case.label}"):
             continue
         plain = partial(ours, replace(case, ours=case.oracle))
         eager = WITHOUT_PRODUCTS.get(case.op) or EAGER.get(case.op, plain)
-        if "key_index" in case.label:
-            moved, by_torch = measure(case, lambda: Cache(L2 // SHARE)), passes(case, eager, TorchTraffic)
+        if number >= len(counted(BATCH)):
+            size = L2 // SHARE if "key_index" in case.label else L2
+            moved, by_torch = measure(case, lambda size=size: Cache(size)), passes(case, eager, TorchTraffic)
         else:
             samples = samples_of(case)
             few, more = (counted(batch)[number] for batch in samples)

@@ -1,7 +1,7 @@
 """Self-attention of timm with rotary positions: norm and rotation of queries and keys by ``qk_norm_rope``.
 
-``EvaAttention`` (DINOv3, EVA-02) and ``AttentionRope`` (Perception Encoder, RoPE-ViT) project queries, keys and values
-by one layer. :mod:`.blocks` swaps their forward for :func:`forward`, which attends by torch's SDPA as timm does.
+``EvaAttention`` (DINOv3, EVA-02) and ``AttentionRope`` (Perception Encoder, axial RoPE-ViT) project queries, keys and
+values by one layer. :mod:`.blocks` swaps their forward for :func:`forward`, which attends by torch's SDPA as timm does.
 """
 
 from typing import Any
