@@ -600,6 +600,22 @@ def kernel_bounds() -> str:
     return markdown(rows)
 
 
+def other_kernels() -> str:
+    """Instructions and bytes a value of other libraries' kernels beside ours; what is more of ours is bold."""
+    found = json.loads((RESULTS / "bounds-others.json").read_text())["rows"]
+    archs = list(found[0]["machine"])
+    rows = [["op", "pass", "library", *(f"instructions, {arch}" for arch in archs), "bytes"]]
+
+    def pair(ours: float, theirs: float) -> str:
+        first = f"**{ours:.1f}**" if round(ours, 1) > round(theirs, 1) else f"{ours:.1f}"
+        return f"{first}, {theirs:.1f}"
+
+    for row in found:
+        counts = [pair(*(row["machine"][arch][whose]["of_a_value"] for whose in ("ours", "theirs"))) for arch in archs]
+        rows.append([row["what"], row["pass"], row["whose"], *counts, pair(row["bytes_ours"], row["bytes_theirs"])])
+    return markdown(rows)
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -613,6 +629,7 @@ TABLES = {
     "demo-seeds": demo_seeds,
     "demo-gain": demo_gain,
     "kernel-bounds": kernel_bounds,
+    "other-kernels": other_kernels,
     "step-speed": step_speed,
     "run-speed": run_speed,
     "study-objectives": lambda: study("objectives", "objectives"),
