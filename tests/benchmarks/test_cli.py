@@ -82,9 +82,10 @@ def test_wrong_arguments_are_refused_by_name(tmp_path, monkeypatch, bench, setti
 
 
 def test_commands_of_the_pages_are_accepted(timed):
-    """Of their indented and fenced blocks."""
+    """Of their indented and fenced blocks, also over several lines."""
     pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
-    lines = [line for page in pages for line in re.findall(r"^ *mvlm (bench .*)$", page.read_text(), re.MULTILINE)]
+    texts = [page.read_text().replace("\\\n", " ") for page in pages]
+    lines = [line for text in texts for line in re.findall(r"^ *mvlm (bench .*)$", text, re.MULTILINE)]
     for line in lines:
         cli.find_command(shlex.split(line))()
     assert len(timed) == len(lines) > 10
