@@ -1,6 +1,7 @@
 """A gate in front of a TCP server, which tests close: the server is then away, or gone in the middle of a transfer."""
 
 import contextlib
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ class Gate:
         self._server, self._lock = server, threading.Lock()
         self._pairs: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
-        self._open = True
+        self._open, self._refuses = True, math.inf
+        self._shut_later: tuple[float, float] = math.inf, math.inf
         self.sent = 0
         """Bytes that clients have sent to the server."""
         self.refused = 0
@@ -26,13 +28,17 @@ class Gate:
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def shut(self) -> None:
-        """Break all connections, and accept no more."""
+    def shut(self, refuses: float = math.inf) -> None:
+        """Break all connections, and accept no more until so many were refused."""
         with self._lock:
-            self._open = False
+            self._open, self._refuses = False, self.refused + refuses
             for one in self._pairs:
                 with contextlib.suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
+
+    def shut_later(self, sent: int, refuses: float) -> None:
+        """`shut` once clients have sent so many bytes more."""
+        self._shut_later = self.sent + sent, refuses
 
     def open(self) -> None:
         self._open = True
@@ -50,6 +56,7 @@ class Gate:
                 client, _ = self._listener.accept()
                 if not self._open:
                     self.refused += 1
+                    self._open = self.refused >= self._refuses
                     client.close()
                     continue
                 self._threads.append(threading.Thread(target=self._connect, args=(client,), daemon=True))
@@ -71,6 +78,10 @@ class Gate:
         with contextlib.suppress(OSError):
             while block := source.recv(1 << 16):
                 self.sent += len(block) if up else 0
+                if self.sent > self._shut_later[0]:
+                    _, refuses = self._shut_later
+                    self._shut_later = math.inf, math.inf
+                    self.shut(refuses)
                 sink.sendall(block)
         for one in (source, sink):
             with contextlib.suppress(OSError):

@@ -106,8 +106,10 @@ def reading_from(s3: str) -> Iterator[None]:
 
 
 def forget_stores() -> None:
-    """Let new readers look at the environment."""
+    """Let new readers look at the environment, and know no store."""
     store._bucket_reader.cache_clear()
+    store._answered.clear()
+    store._told.clear()
     pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,28 @@ class LoaderProcess:
     It is stopped (SIGSTOP) and continued together with its own workers.
     """
 
-    def __init__(self, name: str, recipe: str, data: Path, batch: int, size: int, threads: int = 2) -> None:
-        """Start the process, wait for its first batch and stop it. `status` and `note` describe a failure."""
+    def __init__(
+        self,
+        name: str,
+        recipe: str,
+        data: Path,
+        batch: int,
+        size: int,
+        threads: int = 2,
+        environment: Mapping[str, str] = os.environ,
+        folder: Path | None = None,
+    ) -> None:
+        """Start the process, wait for its first batch and stop it. `status` and `note` describe a failure.
+
+        environment, folder: variables of the process, and the folder in which it starts.
+        """
         self.name, self.recipe, self.batch = name, recipe, batch
         numbers = map(str, (batch, size, threads))
         command = [sys.executable, "-m", "mvlm_benchmarks.data.worker", name, recipe, str(data), *numbers]
         # start_new_session gives the loader and its workers one process group, so one signal stops all of them.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, cwd=folder,
         )  # fmt: skip
         self.rates: list[float] = []
         """Images per second, by turn."""

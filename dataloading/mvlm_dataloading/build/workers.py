@@ -44,7 +44,8 @@ log = logging.getLogger(__name__)
 class TaskEvent:
     """Progress, result or death of a task in a worker process.
 
-    `kind` is "progress" (value: reported count), "done" (value: result) or "died" (value: exit code of its process).
+    `kind` is "progress" (value: what was reported, mostly a count), "done" (value: result) or "died" (value: exit code
+    of its process).
     """
 
     kind: str
@@ -70,7 +71,7 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
     retry it, call `generator.send(task)` on its "died" event.
 
     Args:
-        function: must be picklable. It calls its second argument with counts of work done.
+        function: must be picklable. It calls its second argument with counts of work done, or with other news.
         workers: number of processes; 0 runs the tasks in this process.
 
     Raises:
@@ -79,9 +80,10 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
     """
     if workers == 0:
         for task in tasks:
-            counts: list[int] = []
-            result = function(task, counts.append)
-            yield TaskEvent("progress", task, sum(counts))
+            reported: list[Any] = []
+            result = function(task, reported.append)
+            for one in reported:
+                yield TaskEvent("progress", task, one)
             yield TaskEvent("done", task, result)
         return
     waiting, returned = iter(tasks), []

@@ -5,7 +5,6 @@ import io
 import os
 import warnings
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +118,13 @@ def check_image(content: bytes, limits: ImageLimits, *, further: int = 0, may_sh
         raise unreadable(f"{len(content)} bytes cannot hold {header.width} x {header.height} pixels")
     if not may_shrink:
         check_memory(header.width, header.height, header.memory(1) + further * max(header.width, header.height), limits)
-        return header if header.part == 1 else replace(header, part=1)
+        return header if header.part == 1 else header._replace(part=1)
     parts = (1, 2, 4, 8) if header.kind == "JPEG" else (1,)
     needed = {part: header.memory(part) + further * -(-max(header.width, header.height) // part) for part in parts}
     most = limits.max_memory
     part = next((part for part in parts if most is None or needed[part] <= most), 1)
     check_memory(header.width, header.height, needed[part], limits)
-    return header if part == header.part else replace(header, part=part)
+    return header if part == header.part else header._replace(part=part)
 
 
 def decode(

@@ -7,7 +7,7 @@ memory, read metadata of any size, or take a file's word for its length.
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from .limits import (
     LEAST_SCANS,
@@ -21,8 +21,7 @@ from .limits import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ImageHeader:
+class ImageHeader(NamedTuple):
     """Format and size of an image, and the memory that decoding it takes."""
 
     kind: str
@@ -67,13 +66,16 @@ def read_image_header(content: bytes) -> ImageHeader:
     return header
 
 
+_METADATA = "blocks of metadata"
+
+
 class _Blocks:
     """Counter of a file's blocks. `add` raises ImageRefusedError when there are more than the limit."""
 
     def __init__(self) -> None:
         self._count = 0
 
-    def add(self, most: int = MAX_BLOCKS, what: str = "blocks of metadata") -> None:
+    def add(self, most: int = MAX_BLOCKS, what: str = _METADATA) -> None:
         self._count += 1
         if self._count > most:
             raise _too_many(most, what)
@@ -115,7 +117,7 @@ def _png(content: bytes) -> ImageHeader:
         at += 12 + length
     if header is None:
         raise unreadable("it has no header")
-    return replace(header, data_bytes=data)
+    return header._replace(data_bytes=data)
 
 
 def png_data(content: bytes) -> Iterator[bytes]:
@@ -146,7 +148,7 @@ _SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 
 def _jpeg(content: bytes) -> ImageHeader:
     found, in_scans, scans, at = None, 0.0, 0, 2
-    blocks, last = _Blocks(), len(content) - 2
+    others, last = 0, len(content) - 2
     while True:
         if at <= last and content[at] == 0xFF and content[at + 1] in _MARKERS:  # as nearly always
             marker, at = content[at + 1], at + 2
@@ -158,7 +160,7 @@ def _jpeg(content: bytes) -> ImageHeader:
             break
         if marker == 0xD8:
             continue
-        (length,) = struct.unpack_from(">H", content, at)
+        length = content[at] << 8 | content[at + 1]
         if marker in _SIZES:
             if found is not None:
                 raise unreadable("it has two headers")
@@ -178,7 +180,9 @@ def _jpeg(content: bytes) -> ImageHeader:
                 in_scans = 0  # one scan with all of the image: decoded row by row
                 break
         else:
-            blocks.add()
+            others += 1
+            if others > MAX_BLOCKS:
+                raise _too_many(MAX_BLOCKS, _METADATA)
             if marker == 0xE1 and content.startswith(b"Exif\0\0", at + 2, at + length):
                 check_directory(content[at + 8 : at + length])
             elif marker == 0xE2 and content.startswith(b"MPF\0", at + 2, at + length):

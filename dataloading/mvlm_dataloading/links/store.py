@@ -8,8 +8,9 @@
 
 Every read states the file's ETag (`If-Match`), so a file that was replaced since is an error and never other bytes: a
 `ChangedError`, which names the URL. A file that is missing, denied or shorter ends at once, by name. A server's error,
-a lost connection, a silent one and a body of another length are repeated after pauses with jitter, `ATTEMPTS` times.
-All errors are DataError of one line, without credentials, and without what the server wrote.
+a lost connection, a silent one and a body of another length are repeated after pauses with jitter, `ATTEMPTS` times. A
+store that is away, but has answered before, has two minutes to come back, and one line says so. All errors are
+DataError of one line, without credentials, and without what the server wrote.
 
 obstore reads s3:// and gs://. http:// and https:// go through fsspec's session with the limits of `transfers`, because
 obstore follows redirects to any host. hf:// goes through the hub's own client, pinned to the commit that was linked.
@@ -17,9 +18,11 @@ Credentials come from each store's default chain and fsspec's configuration, and
 """
 
 import errno
+import logging
 import os
 import random
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -36,10 +39,14 @@ from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.untrusted import open_regular
 from mvlm_dataloading.urls import WEB, is_remote, normal_url, with_credentials
 
+log = logging.getLogger(__name__)
+
 ATTEMPTS = 5
 """Attempts at a range. The pauses between them are `folders.FIRST_PAUSE_S`, doubled each time, times 0.5 to 1.5."""
 OUTAGE_ATTEMPTS = 9
-"""Attempts at a range of a store that cannot be reached any more, over some two minutes."""
+"""Attempts at a range of a store that is away, over some two minutes."""
+OUTAGE_S = 200.0
+"""A store that is away is told of once in so many seconds."""
 MOST_BYTES = 256 << 20
 """Longest range."""
 REQUEST_S = 300
@@ -47,9 +54,11 @@ REQUEST_S = 300
 PART_BYTES = 8 << 20
 """Bytes of a range of `SequentialFile`."""
 
-_NO_CONNECTION = "no connection"
+_NO_CONNECTION, _NO_ANSWER = "no connection", "a connection that ends without an answer"
+_AWAY = {_NO_CONNECTION, _NO_ANSWER, "status 502", "status 503", "status 504"}
 _STATUS = re.compile(r"status code: (\d{3})")
-_KIND = re.compile(r"kind: (Connect|Timeout)\b")
+_KIND = re.compile(r"kind: (Connect|Request|Timeout)\b")
+_KINDS = {"Connect": _NO_CONNECTION, "Request": _NO_ANSWER, "Timeout": "no answer in time"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DENIED = {401, 403, 407}
 _MISSING = {404, 410}
@@ -81,15 +90,34 @@ class _AnswerError(Exception):
 
 Content = bytes | bytearray | memoryview
 
+_answered: set[str] = set()
+"""Stores that have answered this process: a scheme with a bucket or host."""
+_told: dict[str, float] = {}
+"""Store -> the monotonic time at which it was last told to be away."""
+_telling = threading.Lock()
+
+
+def tell_outage(store: str) -> None:
+    """Log that a store is away, once in `OUTAGE_S` seconds; of the ranks of a node, the first does."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    with _telling:
+        now = time.monotonic()
+        if store not in _told or now - _told[store] > OUTAGE_S:
+            _told[store] = now
+            log.warning("%s: the store cannot be reached; it is tried again for two minutes", store)
+
 
 class RangeStore:
     """Reads ranges on its own threads. Several threads may use it; a forked process makes its own.
 
     Args:
         in_flight: ranges that are read at a time.
+        tell: called with the name of a store that is away after each failed attempt, by one thread at a time.
     """
 
-    def __init__(self, in_flight: int = 32):
+    def __init__(self, in_flight: int = 32, tell: Callable[[str], Any] = tell_outage):
+        self._tell, self._telling = tell, threading.Lock()
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="mvlm-ranges")
 
     def stat(self, url: Path | str) -> LinkedFile:
@@ -102,13 +130,13 @@ class RangeStore:
             return _stat_local(Path(url))
         place = normal_url(url)
         reader = _reader_of(place)
-        return _attempt(place, lambda: reader.stat(place))
+        return self._attempt(place, lambda: reader.stat(place))
 
     def pinned(self, url: str) -> str:
         """The URL at the commit that it stands for now, on the hub. Any other one as it is. DataError as of `stat`."""
         place = normal_url(url)
         pin = _reader_of(place).pin
-        return place if pin is None else _attempt(place, lambda: pin(place))
+        return place if pin is None else self._attempt(place, lambda: pin(place))
 
     def names(self, folder: str, most: int) -> list[str]:
         """Paths of all files below a remote folder, sorted, relative to it.
@@ -123,7 +151,7 @@ class RangeStore:
                 f"{place}: wanted a folder whose store lists its files, found one of a web server, which does not; "
                 "write the names out, with numbers as {00000..01242}"
             )
-        found = _attempt(place, lambda: list(islice(names_of(place), most + 1)))
+        found = self._attempt(place, lambda: list(islice(names_of(place), most + 1)))
         if len(found) > most:
             raise DataError(f"{place}: wanted at most {most} files, found more; name a smaller folder")
         return sorted(name.removeprefix(f"{place}/") for name in found)
@@ -152,7 +180,7 @@ class RangeStore:
                 raise _AnswerError(0, f"{len(content)} of {end - begin} bytes")
             return content
 
-        return _attempt(file.url, read, OUTAGE_ATTEMPTS)
+        return self._attempt(file.url, read, linked=True)
 
     def submit(self, file: LinkedFile, begin: int, end: int) -> "Future[memoryview]":
         """`read` on a thread of the store. The future has its result or its error."""
@@ -165,6 +193,36 @@ class RangeStore:
     def close(self) -> None:
         """Wait for the ranges in flight, and give up those that wait."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _attempt(self, place: str, action: Callable[[], Any], linked: bool = False) -> Any:
+        """Result of an action, which is repeated after errors that may pass. DataError when it fails for good.
+
+        Args:
+            linked: True if the store is known to be there, because a file of it is linked.
+        """
+        began, found, attempt, store = time.monotonic(), "", -1, "/".join(place.split("/")[:3])
+        patient = linked or store in _answered
+        while (attempt := attempt + 1) < (OUTAGE_ATTEMPTS if patient and found in _AWAY else ATTEMPTS):
+            if attempt:
+                if time.monotonic() - began > folders.STALLED_S:
+                    break
+                time.sleep(folders.FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+            try:
+                result = action()
+            except DataError:
+                raise
+            except Exception as error:  # each package has its own exceptions
+                found = _judge(place, error)
+                if patient and attempt and found in _AWAY:  # twice, so it is more than a hitch
+                    with self._telling:
+                        self._tell(store)
+            else:
+                _answered.add(store)
+                return result
+        raise DataError(
+            f"{place}: wanted its bytes, found that {attempt} attempts failed, the last with {found}; try again later, "
+            "or check the URL"
+        )
 
 
 class SequentialFile:
@@ -247,30 +305,6 @@ def _reader_of(url: str) -> _Reader:
         ) from None
 
 
-def _attempt(place: str, action: Callable[[], Any], without_connection: int = ATTEMPTS) -> Any:
-    """Result of an action, which is repeated after errors that may pass. DataError when it fails for good.
-
-    Args:
-        without_connection: attempts if the last one found no connection.
-    """
-    began, found, attempt = time.monotonic(), "", -1
-    while (attempt := attempt + 1) < (without_connection if found == _NO_CONNECTION else ATTEMPTS):
-        if attempt:
-            if time.monotonic() - began > folders.STALLED_S:
-                break
-            time.sleep(folders.FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        try:
-            return action()
-        except DataError:
-            raise
-        except Exception as error:  # each package has its own exceptions
-            found = _judge(place, error)
-    raise DataError(
-        f"{place}: wanted its bytes, found that {attempt} attempts failed, the last with {found}; try again later, "
-        "or check the URL"
-    )
-
-
 def _judge(place: str, error: Exception) -> str:
     """An error that may pass, in words. Raises DataError for one that will not."""
     status, found = _status_of(error), "an answer that breaks off"
@@ -304,9 +338,11 @@ def _judge(place: str, error: Exception) -> str:
     elif isinstance(error, TimeoutError):
         found = "no answer in time"
     elif kind := _KIND.search(str(error)):
-        found = _NO_CONNECTION if kind[1] == "Connect" else "no answer in time"
+        found = _KINDS[kind[1]]
     elif isinstance(error, OSError) and error.errno in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH):
         found = _NO_CONNECTION
+    elif isinstance(error, ConnectionResetError) or type(error).__name__ == "ServerDisconnectedError":  # of aiohttp
+        found = _NO_ANSWER
     return found
 
 

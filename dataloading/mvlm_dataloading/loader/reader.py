@@ -83,7 +83,8 @@ class Reader:
         # fetched for all ranks' samples, so there the limit counts those.
         self._max_samples = MAX_SEGMENT_SAMPLES * (1 if dataset.remote is not None else config.world_size)
         if self._ring is not None:
-            self._max_samples = MAX_RING_SEGMENT_SAMPLES * config.world_size
+            least = FIRST_SEGMENT_BATCHES * config.rank_batch  # however large batches are, few pipelines are built
+            self._max_samples = max(MAX_RING_SEGMENT_SAMPLES, least) * config.world_size
         self._segment_batches = self._first_batches()
         self._buffers = BufferPool()
         self._kept: KeptSplit | None = None

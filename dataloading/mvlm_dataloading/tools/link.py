@@ -30,7 +30,7 @@ from mvlm_dataloading.files import new_folder, replaced, write_file
 from mvlm_dataloading.links.captions import CaptionSpec, read_spec
 from mvlm_dataloading.links.samples import is_table
 from mvlm_dataloading.links.scan import Scan, ScanOptions, columns_of
-from mvlm_dataloading.links.store import RangeStore
+from mvlm_dataloading.links.store import RangeStore, tell_outage
 from mvlm_dataloading.links.tables import scan_table
 from mvlm_dataloading.links.tars import scan_tar
 from mvlm_dataloading.links.urls import LINKED, PACKED, expand
@@ -195,6 +195,8 @@ def _write_pieces(
         for event in events:
             if event.kind == "died":
                 failed.append(f"{urls[event.task[0]]}: wanted its process to finish, found that it died")
+            elif event.kind == "progress" and isinstance(event.value, str):
+                tell_outage(event.value)
             elif event.kind == "progress":
                 samples += event.value
             elif isinstance(event.value, DataError):
@@ -213,10 +215,15 @@ def _write_pieces(
         )
 
 
-def _scan(folder: Path, options: LinkOptions, task: tuple[int, str], report: Callable[[int], None]) -> DataError | str:
-    """Write the piece of a file. Returns a warning, which may be empty, or the error if it cannot be linked."""
+def _scan(
+    folder: Path, options: LinkOptions, task: tuple[int, str], report: Callable[[int | str], None]
+) -> DataError | str:
+    """Write the piece of a file. Returns a warning, which may be empty, or the error if it cannot be linked.
+
+    report: called with the number of samples, and with the name of a store that is away.
+    """
     number, url = task
-    store = RangeStore(_IN_FLIGHT)
+    store = RangeStore(_IN_FLIGHT, report)
     try:
         linked = store.stat(url)
         split = options.split or canonical_split(_split_of(linked.url) or "train", linked.url, "give --split")

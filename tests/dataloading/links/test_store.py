@@ -9,6 +9,7 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.links import store as module
 from mvlm_dataloading.links.store import ChangedError, LinkedFile, RangeStore, SequentialFile
 from support import seaweed as spoil
+from support.gate import gate_of
 from support.hub import COMMIT, serve_hub
 from support.seaweed import KEYS, Proxy, Seaweed, reading_from, serve_proxy
 
@@ -164,6 +165,34 @@ def test_a_store_that_is_away_has_two_minutes(store, at_once, url: str) -> None:
             store.stat(url)
     pauses = [0.5 * 2**k for k in range(module.OUTAGE_ATTEMPTS - 1)]
     assert 0.5 * sum(pauses) > 60  # with the least jitter
+
+
+@pytest.mark.parametrize("place", ["s3", "web"])
+def test_a_store_that_comes_back_costs_a_line(place: str, seaweed: Seaweed, store, monkeypatch, caplog) -> None:
+    """Each range has its bytes, more attempts failed than another error has, and one line names the store."""
+    monkeypatch.setattr("mvlm_dataloading.dataset.folders.FIRST_PAUSE_S", 0.02)
+    seaweed.put("content", CONTENT)
+    address = seaweed.s3 if place == "s3" else seaweed.web.partition("/buckets")[0]
+    with gate_of(address) as gate, reading_from(gate.address):
+        name = "s3://tests" if place == "s3" else gate.address
+        file = store.stat("s3://tests/content" if place == "s3" else f"{name}/buckets/tests/content")
+        gate.shut(refuses=8 * module.ATTEMPTS + 1)  # by eight threads
+        futures = [store.submit(file, begin, begin + 100) for begin in range(0, 10_000, 625)]
+        found = [future.result() for future in futures]
+        gate.shut(refuses=2)
+        assert store.stat(file.url) == file
+    assert found == [CONTENT[begin : begin + 100] for begin in range(0, 10_000, 625)]
+    assert caplog.messages == [f"{name}: the store cannot be reached; it is tried again for two minutes"]
+
+
+def test_a_store_that_is_overloaded_is_tried_for_longer(spoiled, store, caplog) -> None:
+    url, proxy = spoiled
+    file = store.stat(url)
+    proxy.spoils.extend([spoil.status(503)] * (module.OUTAGE_ATTEMPTS - 1))
+    assert store.read(file, 100, 200) == CONTENT[100:200]
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == [
+        "the store cannot be reached; it is tried again for two minutes"
+    ]
 
 
 def test_no_credential_is_in_an_error(seaweed: Seaweed, store, at_once) -> None:

@@ -1,6 +1,10 @@
 """Linked data in sample order 2: batches of any ranks, resumed, bytes that are read, and ranges that are in flight."""
 
+import gc
+import io
+import itertools
 import json
+import tarfile
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -9,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mvlm_dataloading import DataError, Dataset, ViewOptions, make_view, open_dataset
 from mvlm_dataloading.links import store
 from mvlm_dataloading.links.captions import parse_captions_option
+from mvlm_dataloading.links.samples import LinkedSample
 from mvlm_dataloading.loader import ring, segment
 from mvlm_dataloading.loader.lanes import LaneOrder
 from mvlm_dataloading.loader.resume import lanes_of
@@ -165,6 +171,37 @@ def test_a_damaged_image_costs_one_more_pipeline(tmp_path, monkeypatch):
     loader.close()
     assert len(built) <= 4
     assert max(built) <= 16 * 16
+
+
+@pytest.mark.extended
+def test_one_pipeline_makes_batches_of_65536(tmp_path, monkeypatch):
+    """Of tiny images, for more than an epoch. The samples of two epochs are never in memory together."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(4096):
+            image = io.BytesIO()
+            Image.fromarray(np.full((8, 8, 3), number % 251, np.uint8)).save(image, "JPEG")
+            for extension, content in (("jpg", image.getvalue()), ("txt", b"text %d" % number)):
+                member = tarfile.TarInfo(f"{number}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    once = linked(tmp_path, [str(tmp_path / "a.tar")], "txt")
+    make_view(tmp_path / "view", [once.folder], ViewOptions(), weights=[24])
+    dataset, built, own = open_dataset(tmp_path / "view", "train"), [], segment.build_pipeline
+
+    def build_pipeline(*arguments, **settings):
+        built.append(len(arguments[1]))
+        return own(*arguments, **settings)
+
+    monkeypatch.setattr(segment, "build_pipeline", build_pipeline)
+    settings = {"batch_size": 1 << 16, "image_size": 8, "patch_size": 4, "mask_block": 4, "prefetch_batches": 0}
+    loader, seen = make_loader(dataset, wave_tokenizer(), **settings), []
+    for batch, _ in itertools.islice(loader, 3):
+        seen += batch.sample_id.tolist()
+        held = sum(isinstance(one, LinkedSample) for one in gc.get_objects())
+        assert held <= len(dataset) + (1 << 16)
+    loader.close()
+    assert sorted(seen) == sorted([*range(len(dataset))] * 2)
+    assert len(built) == 1
 
 
 def test_many_ranges_are_in_flight(tars, monkeypatch):

@@ -34,6 +34,7 @@ from mvlm_dataloading.tools.check import contact_sheet, findings_table
 from mvlm_dataloading.tools.link import LinkOptions, link_files, merge_links
 from support import seaweed as spoil
 from support.data import wave_tokenizer
+from support.gate import gate_of
 from support.linked import FORMATS, picture, sample, write_table, write_tars
 from support.seaweed import BUCKET, KEYS, Seaweed, reading_from, serve_proxy
 
@@ -423,6 +424,23 @@ def test_a_pass_over_a_bad_network(seaweed: Seaweed, uploaded: str, tmp_path: Pa
         proxy.asked.clear()
         link(uploaded, tmp_path / "out", ALL)
         assert not any("00000.tar" in path for path in proxy.asked)
+
+
+@pytest.mark.slow
+def test_a_pass_goes_on_when_the_bucket_was_away(seaweed: Seaweed, tmp_path: Path, caplog) -> None:
+    """In two processes: one line is logged, and the index is that of an undisturbed pass."""
+    for tar in write_tars(tmp_path / "tars", 12, 4):
+        seaweed.put(f"away/{tar.name}", tar.read_bytes())
+    urls, folders = f"s3://{BUCKET}/away/{{00000..00011}}.tar", [tmp_path / name / "out" for name in ("good", "away")]
+    with gate_of(seaweed.s3) as gate, reading_from(gate.address):
+        link(urls, folders[0], ALL)
+        assert not caplog.messages
+        gate.shut_later(sent=gate.sent // 2, refuses=4)
+        link_files([urls], folders[1], options(ALL), workers=2)
+        assert gate.refused == 4
+    good, away = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert good == away
+    assert caplog.messages == [f"s3://{BUCKET}: the store cannot be reached; it is tried again for two minutes"]
 
 
 def test_a_shard_that_changed_since_it_was_linked(seaweed: Seaweed, tars: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from copy import copy
 from functools import partial
@@ -28,13 +29,16 @@ import elastic
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import checkpoints, read_tensors, verify_checkpoint
 from mvlm.runs.folder import read_metrics
+from mvlm_dataloading import ViewOptions, make_view, open_dataset
 from mvlm_dataloading.links.captions import parse_captions_option
+from mvlm_dataloading.loader import ring
 from mvlm_dataloading.tools.link import LinkOptions, link_files
 from support.faults import injections
 from support.faults.campaign import MODEL, STEPS, Campaign, Failed, end_of_log, file_bytes, require, require_log
 from support.faults.forks import in_child, wait
 from support.folders import LOSSES
-from support.linked import write_tars
+from support.gate import Gate
+from support.linked import write_table, write_tars
 from support.seaweed import reading_from, serve_seaweed
 
 FP32 = {"losses": 1e-5, "gradients": 1e-4}
@@ -210,18 +214,17 @@ def bfloat16(campaign: Campaign, out: Path, parallel: str) -> None:
     require(rows[0]["loss"] != exact[0]["loss"], "computed in fp32")
 
 
-def linked(campaign: Campaign, out: Path) -> None:
-    """Two ranks train from tars in a bucket until both are killed. One rank, elsewhere, goes on with the same batches.
+OPTIONS = LinkOptions(parse_captions_option("txt,json:caption=2,json:recaption=1"))
 
-    An image is damaged so that only decoding it shows it.
+
+def goes_on_elsewhere(campaign: Campaign, data: Path, out: Path, batch_size: int) -> tuple[Path, dict[int, list[Any]]]:
+    """Two ranks train until both are killed in step 11, and one rank with another cache goes on.
+
+    Requires the batches of a run that stays on one rank. Returns the folder of that run, and its `batches`.
     """
-    tars, linked = write_tars(out.with_suffix(".tars"), 3, 20, damaged={13}), copy(campaign)
-    linked.data = out.with_suffix(".links")
-    options = LinkOptions(parse_captions_option("txt,json:caption=2,json:recaption=1"))
-    settings: dict[str, Any] = {"batch_size": 12}
-
-    def link(urls: list[str]) -> None:
-        link_files(urls, linked.data, options, workers=0)
+    linked = copy(campaign)
+    settings: dict[str, Any] = {"batch_size": batch_size}
+    linked.data = data
 
     def arrange(run: Path, rank: int, ranks: int, dies: bool) -> None:
         os.environ["MVLM_CACHE"] = str(run.with_suffix(f".cache-{ranks}"))
@@ -229,23 +232,101 @@ def linked(campaign: Campaign, out: Path) -> None:
         if dies:
             injections.at_step(11, injections.kill())
 
-    (bucket := out.with_suffix(".bucket")).mkdir()
-    with serve_seaweed(bucket) as server, reading_from(server.s3):
-        urls = [server.put(tar.name, tar.read_bytes()) for tar in tars]
-        require(wait(in_child(partial(link, urls), out.with_suffix(".log"))) == 0, f"no links: {end_of_log(out)}")
-        faults = {rank: partial(arrange, out, rank, 2, True) for rank in range(2)}
-        codes = linked.run(out, 2, faults, **settings)
-        # The first to die may break the other's exchange, which then ends by itself.
-        require(-signal.SIGKILL in codes and not {0, 2} & {*codes}, f"ended with {codes}: {end_of_log(out)}")
-        linked.run(out, 1, {0: partial(arrange, out, 0, 1, False)}, ends=[0], **settings)
-        stays = out.with_name("linked-stays")
-        linked.run(stays, 1, {0: partial(arrange, stays, 0, 1, False)}, ends=[0], **settings)
+    faults = {rank: partial(arrange, out, rank, 2, True) for rank in range(2)}
+    codes = linked.run(out, 2, faults, **settings)
+    # The first to die may break the other's exchange, which then ends by itself.
+    require(-signal.SIGKILL in codes and not {0, 2} & {*codes}, f"ended with {codes}: {end_of_log(out)}")
+    linked.run(out, 1, {0: partial(arrange, out, 0, 1, False)}, ends=[0], **settings)
+    stays = out.with_name(f"{out.name}-stays")
+    linked.run(stays, 1, {0: partial(arrange, stays, 0, 1, False)}, ends=[0], **settings)
     first, rest, wanted = batches(out, 2), batches(out, 1), batches(stays, 1)
     require(max(first) == 11 and min(rest) in (7, 10) and max(rest) == STEPS, f"steps {[*first]}, {[*rest]}")
     require(first | rest == wanted and rest | first == wanted, "other batches")
+    require_close_metrics(out, stays, **FP32)
+    return stays, wanted
+
+
+def in_a_fork(work: Callable[[], object], out: Path) -> None:
+    """Do work that starts threads, which the processes that are forked afterwards must not have."""
+    require(wait(in_child(work, out.with_suffix(".log"))) == 0, f"failed: {end_of_log(out)}")
+
+
+def linked(campaign: Campaign, out: Path) -> None:
+    """Two ranks train from tars in a bucket until both are killed. One rank, elsewhere, goes on with the same batches.
+
+    An image is damaged so that only decoding it shows it.
+    """
+    tars, data = write_tars(out.with_suffix(".tars"), 3, 20, damaged={13}), out.with_suffix(".links")
+    (bucket := out.with_suffix(".bucket")).mkdir()
+    with serve_seaweed(bucket) as server, reading_from(server.s3):
+        urls = [server.put(tar.name, tar.read_bytes()) for tar in tars]
+        in_a_fork(partial(link_files, urls, data, OPTIONS, workers=0), out)
+        stays, wanted = goes_on_elsewhere(campaign, data, out, 12)
     used = {i for rows in wanted.values() for i, _ in rows}
     require(used == {*range(60)} - {13}, f"wanted all samples but the damaged one, found {len(used)}")
     require_log(stays, "skipped an image that cannot be decoded: s3://tests/00000.tar")
+
+
+def mixed(campaign: Campaign, out: Path, built: bool) -> None:
+    """As `linked`, from a view of tars and of a table that counts twice, or of tars and of half a built folder.
+
+    In the first epoch each sample of the tars is seen once, of the table twice, and half of those of the folder.
+    """
+    write_tars(tars := out.with_suffix(".tars"), 2, 24)
+    table = write_table(out.with_suffix(".parquet"), range(100, 196), by_datasets=False, group=1)
+    links, data, texts = out.with_suffix(".links"), out.with_suffix(".view"), out.with_suffix(".texts")
+    second = campaign.data if built else out.with_suffix(".links of a table")
+
+    def make() -> None:
+        link_files([str(tars / "*.tar")], links, OPTIONS, workers=0)
+        if not built:
+            link_files([str(table)], second, LinkOptions(parse_captions_option("caption")), workers=0)
+        options = ViewOptions(splits=("train",), leaks="keep")
+        make_view(data, [links, second], options, weights=[1, 0.5 if built else 2])
+        view = open_dataset(data, "train")
+        texts.write_text(json.dumps([view.captions(i)[0] for i in range(len(view))]))
+
+    in_a_fork(make, out)
+    captions = json.loads(texts.read_text())
+    _, rows = goes_on_elsewhere(campaign, data, out, 24)
+    epoch = [i for step in range(1, STEPS + 1) for i, _ in rows[step]][: len(captions)]
+    require(sorted(epoch) == [*range(len(captions))] and len(captions) < 24 * STEPS, "other samples than the view's")
+    found = Counter(captions[i] for i in epoch)
+    require(all(found.pop(f"text {number}") == 1 for number in range(48)), "other samples of the tars")
+    if built:
+        require(15 < found.total() < 45, f"wanted half of 60 samples of the folder, found {found.total()}")
+    else:
+        require(found == {f"text {number}": 2 for number in range(100, 196)}, f"found {found} of the table")
+
+
+def away(campaign: Campaign, out: Path) -> None:
+    """A bucket refuses 50 connections in training: one line says so, and batches and weights are the same."""
+    data = out.with_suffix(".links")
+    settings: dict[str, Any] = {"batch_size": 12}
+    calm, disturbed = copy(campaign), out.with_name(f"{out.name}-disturbed")
+    calm.data = data
+    (bucket := out.with_suffix(".bucket")).mkdir()
+
+    def arrange(run: Path, shuts: bool) -> None:
+        os.environ["MVLM_CACHE"] = str(run.with_suffix(".cache"))
+        injections.log_batches(run.with_suffix(".1-0"))
+        ring.AHEAD_SAMPLES, ring.AHEAD_S = 0, 0.0  # else all samples are there before the first step
+        if shuts:
+            gate = Gate(("127.0.0.1", int(server.s3.rpartition(":")[2])))
+            os.environ["AWS_ENDPOINT_URL"] = gate.address
+            injections.at_step(3, lambda: gate.shut(refuses=50))
+
+    with serve_seaweed(bucket) as server, reading_from(server.s3):
+        urls = [server.put(tar.name, tar.read_bytes()) for tar in write_tars(out.with_suffix(".tars"), 9, 20)]
+        in_a_fork(partial(link_files, urls, data, OPTIONS, workers=0), out)
+        for run in (out, disturbed):
+            calm.run(run, 1, {0: partial(arrange, run, run is disturbed)}, ends=[0], **settings)
+    require(batches(disturbed, 1) == batches(out, 1), "other batches")
+    told = [
+        line for line in disturbed.with_suffix(".log").read_text().splitlines() if "store cannot be reached" in line
+    ]
+    require(len(told) == 1, f"wanted one line, found {told}")
+    require(file_bytes(disturbed / "checkpoints") == file_bytes(out / "checkpoints"), "other weights")
 
 
 ENDS = ("ends", "hangs")
@@ -257,6 +338,9 @@ TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
     **{f"bf16, {kind}": partial(bfloat16, parallel=kind) for kind in ("ddp", "fsdp")},
     "average": average,
     "linked": linked,
+    "view of links": partial(mixed, built=False),
+    "links and a folder": partial(mixed, built=True),
+    "store away": away,
     "evaluated average": evaluated,
     **{f"failed rank, {r}, {end}": partial(failed, rank=r, hangs=end == "hangs") for r in (0, 1) for end in ENDS},
     **{f"stopped evaluation, {ranks}": partial(stopped_evaluation, ranks=ranks) for ranks in (1, 2)},

@@ -61,6 +61,20 @@ def test_a_run_from_a_bucket_is_killed_and_resumes_elsewhere_on_one_rank(trial):
     trial("linked")
 
 
+@pytest.mark.extended
+@pytest.mark.parametrize("sources", ["view of links", "links and a folder"])
+def test_a_weighted_view_trains_and_goes_on_on_another_number_of_ranks(trial, sources):
+    pytest.importorskip("webdataset")
+    trial(sources)
+
+
+@pytest.mark.extended
+def test_a_bucket_that_is_away_during_training_costs_one_line(trial):
+    weed()
+    pytest.importorskip("webdataset")
+    trial("store away")
+
+
 def test_a_run_killed_on_four_ranks_goes_on_with_two_and_accumulates(trial):
     trial("4 to 2")
 
