@@ -48,6 +48,15 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return x
 
 
+def _times_golden(index: Tensor) -> Tensor:
+    """The product of indices and SplitMix64's increment, modulo 2^64.
+
+    NOTE: torch.compile takes the product of an `arange` and a number for an index, and writes it into a C++ loop as one
+    of signed integers, which must not overflow there: gcc makes the loop endless. The result of `&` is no index.
+    """
+    return (index & -1) * _signed(GOLDEN)
+
+
 def noise_key(seed: int, step: int | Tensor, direction: int, device: torch.device) -> Tensor:
     """Key of the noise of one direction, 0 or 1, in one step: an int64 scalar.
 
@@ -68,7 +77,7 @@ def gumbel_noise(key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
     It is a hash of the arguments: the noise of a pair does not depend on the block that it is computed in.
     """
-    bits = _mix(rows * _signed(GOLDEN) + key) + columns * _signed(GOLDEN)
+    bits = _mix(_times_golden(rows) + key) + _times_golden(columns)
     # (k + 0.5) / 2^23 with k < 2^23 is exact in fp32, so it is never 0 or 1.
     uniform = _shift(_mix(bits, low_bits=False), 41).float().add_(0.5).div_(1 << 23)
     return uniform.log_().neg_().log_().neg_()

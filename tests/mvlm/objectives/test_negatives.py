@@ -111,6 +111,21 @@ def test_gumbel_of_a_step_tensor_is_that_of_the_number(step):
     assert torch.equal(gumbel(3, torch.tensor(step), 1, index, index), gumbel(3, step, 1, index, index))
 
 
+# Inductor imports deprecated parts of torch.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.extended
+@pytest.mark.slow
+def test_compiled_draws_are_those_of_eager_ones():
+    """Hashes overflow on purpose, which C++ leaves undefined for the indices of its loops."""
+
+    def chosen(scores: Tensor, step: Tensor) -> Tensor:
+        index = torch.arange(len(scores))
+        return (scores + gumbel(3, step, 0, index, index)).argmax(1)
+
+    arguments = torch.zeros(40, 40), torch.tensor(7)
+    assert torch.equal(torch.compile(chosen, fullgraph=True, dynamic=False)(*arguments), chosen(*arguments))
+
+
 @pytest.mark.parametrize("most", [1, 2, 5, 40])
 @pytest.mark.parametrize("seed", range(3))
 def test_limited_pairs_against_a_loop(most, seed):
