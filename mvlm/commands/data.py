@@ -217,6 +217,7 @@ def link(
     split: str = "",
     part: str | None = None,
     workers: int | None = None,
+    executor: Literal["processes", "ray"] = "processes",
 ) -> None:
     """Link tars and Parquet files to train from them where they are. One pass reads them, and keeps an index alone.
 
@@ -230,6 +231,8 @@ def link(
         split: Split of all files. Default: the one in a file's name (cc12m-validation-000.tar), else train.
         part: Link part i of n of the files, as i/n. `mvlm data merge` joins the parts that any machines have written.
         workers: Number of processes. Default: one per core.
+        executor: Workers that read the files: processes of this machine, or the nodes of a Ray cluster, which then
+            share the folder of the index and have the store's credentials.
     """
     from mvlm.errors import ConfigError
     from mvlm.progress import WorkProgress
@@ -245,6 +248,7 @@ def link(
         settings: dict[str, Any] = {
             "part": None if part is None else parse_part(part),
             "workers": processes(workers),
+            "executor": executor,
             "progress": counting.show,
         }
         description = link_files(urls, Path(out), options, **settings)

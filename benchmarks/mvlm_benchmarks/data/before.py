@@ -3,8 +3,8 @@
     git worktree add ../before de59c636
     python -m mvlm_benchmarks.data.before --before ../before [--rounds 11] [--batches 16] [--json FILE]
 
-Both loaders read the same JPEGs, as `mvlm bench data` does: each is a process that is stopped while the other one runs,
-and every second round runs in reverse order. A ratio is this tree's speed over the checkout's. It is taken within each
+Both loaders read the same JPEGs with two threads. As in `mvlm bench data` each is a process that is stopped while the
+other one runs, and every second round runs in reverse order. A ratio is this tree's speed over the checkout's. It is taken within each
 round, by the clock and by the processor's time: on a busy machine the second one tells more.
 """
 
@@ -52,14 +52,14 @@ def environment_of(tree: Path) -> dict[str, str]:
 def measure(
     data: Path, before: Path, recipes: tuple[str, ...], settings: dict[str, int], tree: Path = TREE
 ) -> list[dict[str, Any]]:
-    """A row of ratios of each recipe. settings: rounds, batches, batch, size, threads."""
+    """A row of ratios of each recipe. settings: rounds, batches, batch, size."""
     trees = {one: environment_of(one) for one in (before.resolve(), tree.resolve())}
     rows = []
     for recipe in recipes:
-        loaders, numbers = list[LoaderProcess](), (settings["batch"], settings["size"], settings["threads"])
+        loaders, numbers = list[LoaderProcess](), (settings["batch"], settings["size"])
         try:
             for one, environment in trees.items():
-                loaders.append(LoaderProcess("ours", recipe, data.resolve(), *numbers, environment, one))
+                loaders.append(LoaderProcess("ours", recipe, data.resolve(), *numbers, 2, environment, one))
             run_rounds(loaders, settings)
         finally:
             for loader in loaders:
@@ -80,7 +80,7 @@ def compare(before: LoaderProcess, now: LoaderProcess) -> dict[str, Any]:
     times = [[[1 / rate] for rate in loader.rates] for loader in (before, now)]
     spent = [[[one] for one in loader.cpu_ms] for loader in (before, now)]
     for name, pair in (("by_clock", times), ("by_processor", spent)):
-        value, low, high, _ = intervals.ratio(*pair)
+        value, low, high, _ = intervals.ratio(pair[0], pair[1])
         of_rounds = [round(a / b, 4) for (a,), (b,) in zip(*pair, strict=True)]
         found[name] = {"ratio": round(value, 4), "low": round(low, 4), "high": round(high, 4), "of_rounds": of_rounds}
     return found
@@ -97,13 +97,13 @@ def main() -> None:
     parser.add_argument("--before", type=Path, required=True, help="Checkout of the earlier commit.")
     parser.add_argument("--data", type=Path, help="Built folder. Default: generated JPEGs.")
     for name, value in (
-        ("images", 2000), ("rounds", 11), ("batches", 16), ("batch", 64), ("size", 224), ("threads", 1),
+        ("images", 2000), ("rounds", 11), ("batches", 16), ("batch", 64), ("size", 224),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    settings = {name: getattr(given, name) for name in ("rounds", "batches", "batch", "size", "threads")}
+    settings = {name: getattr(given, name) for name in ("rounds", "batches", "batch", "size")}
     with tempfile.TemporaryDirectory(prefix="mvlm-before-") as work:
         if (data := given.data) is None:
             build(data := Path(work, "photos"), given.images)

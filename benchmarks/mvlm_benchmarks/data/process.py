@@ -34,7 +34,8 @@ class LoaderProcess:
         environment, folder: variables of the process, and the folder in which it starts.
         """
         self.name, self.recipe, self.batch = name, recipe, batch
-        numbers = map(str, (batch, size, threads))
+        # Workers of earlier checkouts (`before.py`) have two threads and take no number of them.
+        numbers = map(str, (batch, size) if threads == 2 else (batch, size, threads))
         command = [sys.executable, "-m", "mvlm_benchmarks.data.worker", name, recipe, str(data), *numbers]
         # start_new_session gives the loader and its workers one process group, so one signal stops all of them.
         self._process = subprocess.Popen(

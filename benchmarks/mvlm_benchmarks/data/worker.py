@@ -1,6 +1,6 @@
 """The process of one loader, run by `process.LoaderProcess`.
 
-    python -m mvlm_benchmarks.data.worker CONTENDER RECIPE DATA BATCH SIZE THREADS
+    python -m mvlm_benchmarks.data.worker CONTENDER RECIPE DATA BATCH SIZE [THREADS]
 
 Prints one line of JSON after the first batch. Then it reads numbers N from standard input; for each, it makes N batches
 and prints another line.
@@ -253,7 +253,7 @@ LOADERS: dict[str, Callable[..., Batches]] = dict(
 )
 
 
-def main(contender: str, recipe: str, data: str, batch: str, size: str, threads: str) -> None:
+def main(contender: str, recipe: str, data: str, batch: str, size: str, threads: str = "2") -> None:
     torch.set_num_threads(1)
     numbers = int(batch), int(size), int(threads)
     try:

@@ -52,7 +52,7 @@ from mvlm_dataloading.untrusted import LIMITS, read_regular
 from mvlm_dataloading.urls import is_remote, normal_url
 
 from .assemble import REPEATED_KEY, Assembly, assemble
-from .workers import finished_pieces, ray_cores, working_folder, write_pieces, write_pieces_on_ray
+from .workers import finished_pieces, ray_cores, wait_for_files, working_folder, write_pieces, write_pieces_on_ray
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,6 @@ SPEC_BYTES = 256 << 20
 """Most bytes of a plan.json."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Executor = Literal["processes", "ray"]
-LISTING_S = 90.0
-"""Longest time that a network disk hides new files from other machines."""
 # Fields of plan.json that version 0.1.0 wrote too.
 _ESSENTIAL = ("name", "recipe", "pieces")
 
@@ -358,26 +356,11 @@ def _write_part(
         done, records = done + more_pieces, records + more_records
         progress(BuildProgress(done, len(mine), records))
     if executor == "ray":
-        _wait_for_files(folder, {number for number, _ in tasks})
+        wait_for_files(folder.url, lambda: {number for number, _ in tasks} - finished_pieces(folder))
     if records:
         seconds = time.monotonic() - start
         speed = records / seconds / cores
         log.info("%s: %d records in %.1f s, %.1f a second and core", folder.url, records, seconds, speed)
-
-
-def _wait_for_files(folder: LocalFolder | RemoteFolder, pieces: set[int]) -> None:
-    """Wait until this machine lists pieces that other nodes of a cluster have written.
-
-    Network disks keep old listings for a while. DataError if pieces are missing after `LISTING_S` seconds.
-    """
-    deadline = time.monotonic() + LISTING_S
-    while missing := pieces - finished_pieces(folder):
-        if time.monotonic() >= deadline:
-            raise DataError(
-                f"{folder.url}: wanted a folder that all nodes of the cluster share, found {len(missing)} of "
-                f"{len(pieces)} new pieces missing on this machine; name a shared folder or a URL"
-            )
-        time.sleep(0.5)
 
 
 def _start_or_resume(folder: LocalFolder | RemoteFolder, spec: dict[str, Any], part: str) -> None:

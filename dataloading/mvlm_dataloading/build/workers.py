@@ -1,4 +1,4 @@
-"""Pieces of a part, written by worker processes of this machine or by the nodes of a Ray cluster.
+"""Tasks, such as pieces of a part, done by worker processes of this machine or by the nodes of a Ray cluster.
 
 A process pool survives the death of a worker, so a decoder that dies costs one image. A part at a URL is written piece
 by piece to a folder of this machine, and each finished piece is moved to the URL.
@@ -19,8 +19,9 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -279,6 +280,8 @@ def _note_crash(folder: Path, number: int, left: Sequence[Path]) -> None:
     write_file(folder / f"{number:06d}.crashes", json.dumps(crashes))
 
 
+LISTING_S = 90.0
+"""Longest time that a network disk hides new files from other machines."""
 _MAX_PIECES = 8
 _TASKS_PER_CORE = 4
 
@@ -286,24 +289,37 @@ _TASKS_PER_CORE = 4
 def write_pieces_on_ray(
     place: str, options: BuildOptions, tasks: Sequence[tuple[int, Piece]]
 ) -> Iterator[tuple[int, int]]:
-    """Write pieces on a Ray cluster. Yields, as tasks end, how many pieces and records have been added.
+    """Write pieces on a Ray cluster. Yields, as tasks end, how many pieces and records have been added."""
+    size = max(1, min(_MAX_PIECES, len(tasks) // (_TASKS_PER_CORE * ray_cores())))
+    chunks = [tasks[begin : begin + size] for begin in range(0, len(tasks), size)]
+    with contextlib.closing(run_tasks_on_ray(partial(_write_chunk, place, options), chunks)) as events:
+        yield from (event.value for event in events if event.kind == "done")
 
-    Joins the cluster that RAY_ADDRESS names or that runs on this machine, else starts one on this machine.
+
+def run_tasks_on_ray(function: Callable[..., Any], tasks: Iterable[Any]) -> Generator[TaskEvent, None, None]:
+    """As `run_tasks`, on the nodes of a Ray cluster. A task's events come when it ends. None is "died".
+
+    Joins the cluster that RAY_ADDRESS names or that runs on this machine, else starts one on this machine. A task whose
+    process or node was lost is done again, up to `MAX_CRASHES` times.
     """
     ray = need("ray", "ray")
-    write = ray.remote(num_cpus=1, max_retries=MAX_CRASHES)(_write_chunk)
-    size = max(1, min(_MAX_PIECES, len(tasks) // (_TASKS_PER_CORE * ray_cores())))
-    waiting = [write.remote(place, options, tasks[begin : begin + size]) for begin in range(0, len(tasks), size)]
+    ray_cores()
+    call = ray.remote(num_cpus=1, max_retries=MAX_CRASHES)(_events_of)
+    waiting = [call.remote(function, task) for task in tasks]
     try:
         while waiting:
             ended, waiting = ray.wait(waiting)
             try:
-                yield ray.get(ended[0])
+                yield from ray.get(ended[0])
             except ray.exceptions.RayTaskError as error:  # an exception of the task, wrapped with its stack
                 raise error.cause from None
     finally:
         for task in waiting:
             ray.cancel(task, force=True)
+
+
+def _events_of(function: Callable[..., Any], task: Any) -> list[TaskEvent]:
+    return list(run_tasks(function, [task], 0))
 
 
 def ray_cores() -> int:
@@ -314,7 +330,24 @@ def ray_cores() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _write_chunk(place: str, options: BuildOptions, tasks: Sequence[tuple[int, Piece]]) -> tuple[int, int]:
+def wait_for_files(place: Path | str, missing: Callable[[], Collection[Any]]) -> None:
+    """Wait until this machine lists what other nodes of a cluster have written: until `missing()` is empty.
+
+    Network disks keep old listings for a while. DataError if something is missing after `LISTING_S` seconds.
+    """
+    deadline = time.monotonic() + LISTING_S
+    while left := missing():
+        if time.monotonic() >= deadline:
+            raise DataError(
+                f"{place}: wanted a folder that all nodes of the cluster share, found {len(left)} new pieces missing "
+                "on this machine; name a shared folder or a URL"
+            )
+        time.sleep(0.5)
+
+
+def _write_chunk(
+    place: str, options: BuildOptions, tasks: Sequence[tuple[int, Piece]], report: Callable[[int], None]
+) -> tuple[int, int]:
     part = open_folder(place)
     # A node that was lost may have finished some of these.
     left = [(number, piece) for number, piece in tasks if not part.has(f"pieces/{number:06d}/shards.json")]

@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.build.workers import run_tasks
+from mvlm_dataloading.build.build import Executor
+from mvlm_dataloading.build.workers import run_tasks, run_tasks_on_ray, wait_for_files
 from mvlm_dataloading.dataset.description import add_shard, require_free_folder, require_split_name, write_description
 from mvlm_dataloading.dataset.folders import lock_folder
 from mvlm_dataloading.dataset.sample_index import IndexWriter, index_path, map_index
@@ -69,6 +70,7 @@ def link_files(
     *,
     part: tuple[int, int] | None = None,
     workers: int = 1,
+    executor: Executor = "processes",
     progress: Callable[[int, int, int], None] = lambda done, total, samples: None,
 ) -> dict[str, Any] | None:
     """Link tars and Parquet files, or one part of them, or resume a pass that was killed.
@@ -78,6 +80,8 @@ def link_files(
         out: new folder of the data set, or of the part.
         part: number of the part, from 1, and number of parts. `merge_links` joins them.
         workers: number of processes; 0 works in this one.
+        executor: "processes" of this machine, or the nodes of a "ray" cluster (see `run_tasks_on_ray`), which share the
+            folder of `out`.
         progress: called with the number of finished files, of all files, and of samples that this call has found.
 
     Returns:
@@ -95,7 +99,7 @@ def link_files(
         require_free_folder(out)
     with lock_folder(folder):
         _begin(folder, {**plan, "part": "{}/{}".format(*(part or (1, 1)))})
-        _write_pieces(folder, plan["urls"], options, part or (1, 1), workers, progress)
+        _write_pieces(folder, plan["urls"], options, part or (1, 1), workers, executor, progress)
         if part:
             return None
         description = _assemble([folder], plan, options, out)
@@ -184,14 +188,18 @@ def _write_pieces(
     options: LinkOptions,
     part: tuple[int, int],
     workers: int,
+    executor: Executor,
     progress: Callable[[int, int, int], None],
 ) -> None:
     mine = range(part[0] - 1, len(urls), part[1])
     left = [number for number in mine if not _piece(folder, number).exists()]
     failed, done, samples = list[str](), len(mine) - len(left), 0
     progress(done, len(mine), samples)
-    tasks = ((number, with_credentials(urls[number])) for number in left)
-    with closing(run_tasks(partial(_scan, folder, options), tasks, min(workers, len(left)))) as events:
+    tasks, scan = ((number, with_credentials(urls[number])) for number in left), partial(_scan, folder, options)
+    on_ray = executor == "ray" and bool(left)
+    with closing(
+        run_tasks_on_ray(scan, tasks) if on_ray else run_tasks(scan, tasks, min(workers, len(left)))
+    ) as events:
         for event in events:
             if event.kind == "died":
                 failed.append(f"{urls[event.task[0]]}: wanted its process to finish, found that it died")
@@ -213,6 +221,8 @@ def _write_pieces(
             f"{failed[0]} ({len(failed)} of {len(mine)} files could not be linked; {done} are finished, and the same "
             "command goes on from there)"
         )
+    if on_ray:
+        wait_for_files(folder, lambda: [number for number in left if not _piece(folder, number).exists()])
 
 
 def _scan(
@@ -223,6 +233,9 @@ def _scan(
     report: called with the number of samples, and with the name of a store that is away.
     """
     number, url = task
+    file = _piece(folder, number)
+    if file.exists():  # a node of a cluster that was lost has finished it
+        return ""
     store = RangeStore(_IN_FLIGHT, report)
     try:
         linked = store.stat(url)
@@ -233,7 +246,7 @@ def _scan(
         return error
     finally:
         store.close()
-    records, file = found.records, _piece(folder, number)
+    records = found.records
     shard = {"tar": linked.url, "samples": len(records), "bytes": linked.size, "sha256": "", "etag": linked.etag}
     if is_table(linked.url):
         shard["groups"] = found.groups

@@ -8,7 +8,7 @@ import pytest
 from mvlm.errors import ConfigError
 from mvlm_benchmarks.data.before import TREE, environment_of, measure
 
-SETTINGS = {"rounds": 2, "batches": 1, "batch": 20, "size": 32, "threads": 1}
+SETTINGS = {"rounds": 2, "batches": 1, "batch": 20, "size": 32}
 
 
 @pytest.mark.extended

@@ -6,7 +6,8 @@ A real cluster on this machine: a head without cores and three nodes of one core
 its own raylet and workers. In each trial a drawn node is killed at a drawn moment of the build, and a new node joins
 for the next trial. Pieces that were finished at that moment must not be read again, and a lost piece must be read once
 more only. Every other data set is built at a URL of an object store on this machine (moto's S3). In two of five trials
-the process that asked for the build is killed too, and the build is resumed. The exit code is 1 if anything differs.
+the process that asked for the build is killed too, and the build is resumed. In the end tars are linked on the cluster,
+and again a node is killed. The exit code is 1 if anything differs.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -29,8 +31,10 @@ from ray.cluster_utils import Cluster
 from mvlm_dataloading.build.build import build_shards
 from mvlm_dataloading.build.workers import finished_pieces
 from mvlm_dataloading.dataset.folders import open_folder
+from mvlm_dataloading.links.captions import parse_captions_option
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source
+from mvlm_dataloading.tools.link import LinkOptions, link_files
 from mvlm_dataloading.urls import is_remote
 
 sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
@@ -128,6 +132,37 @@ def trial(
     )
 
 
+def link_with_a_killed_node(cluster: Cluster, nodes: list[Any], image: Path, folder: Path) -> None:
+    """Link tars on the cluster, and kill a node once one tar is done. Raises AssertionError if the index differs."""
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        (text := folder / "text").write_text("a text")
+        for number in range(6000):
+            tar.add(image, f"{number}.png")
+            tar.add(text, f"{number}.txt")
+    for number in range(1, 8):
+        os.link(folder / "0.tar", folder / f"{number}.tar")
+    given, options = [str(folder / "*.tar")], LinkOptions(parse_captions_option("txt"))
+    link_files(given, folder / "whole" / "out", options, workers=0)
+    pieces, victim, found = folder / "ray" / ".out.link" / "pieces", nodes.pop(), list[int]()
+
+    def kill_node() -> None:
+        while not (done := len(list(pieces.rglob("*.json")))) and not ended.is_set():
+            time.sleep(0.01)
+        found.append(done)
+        cluster.remove_node(victim, allow_graceful=False)
+
+    ended, killer = threading.Event(), threading.Thread(target=kill_node)
+    killer.start()
+    try:
+        link_files(given, folder / "ray" / "out", options, executor="ray")
+    finally:
+        ended.set()
+        killer.join()
+    assert 0 < found[0] < 8, f"killed at {found[0]} of 8 tars"
+    assert contents(folder / "ray" / "out") == contents(folder / "whole" / "out"), "links differ"
+
+
 def run_trials(folder: Path, kills: int, rng: random.Random) -> str | dict[str, Any]:
     """Kill `kills` nodes. Returns the first difference, or the figures."""
     os.environ["MVLM_CACHE"] = str(folder / "cache")
@@ -161,12 +196,13 @@ def run_trials(folder: Path, kills: int, rng: random.Random) -> str | dict[str, 
                 if found != wanted:
                     return f"files differ: {sorted(found)}"
                 shutil.rmtree(base)
-                if number + 1 < kills:
-                    nodes.append(cluster.add_node(num_cpus=1, **spared))
+                nodes.append(cluster.add_node(num_cpus=1, **spared))
+            link_with_a_killed_node(cluster, nodes, next(images.rglob("*.png")), folder / "links")
         finally:
             ray.shutdown()
             cluster.shutdown()
     print(f"{kills} nodes of {size} killed during builds: the bytes of one machine's build")
+    print("1 node killed while tars are linked: the bytes of one machine's index")
     return {"kills": kills, "nodes": size, "ray": ray.__version__, "trials": stories, "equal": True}
 
 

@@ -45,6 +45,8 @@ def test_killed_embeddings_and_two_ranks_write_the_files_of_one_process():
     assert "2 ranks: the same files" in out
 
 
-def test_a_build_on_ray_survives_the_loss_of_a_node():
+def test_a_build_and_a_link_on_ray_survive_the_loss_of_a_node():
     pytest.importorskip("ray")
-    assert "1 nodes of 2 killed during builds: the bytes of one machine's build" in run("kill_nodes", "--kills", 1)
+    out = run("kill_nodes", "--kills", 1)
+    assert "1 nodes of 2 killed during builds: the bytes of one machine's build" in out
+    assert "1 node killed while tars are linked: the bytes of one machine's index" in out
