@@ -103,18 +103,6 @@ def spread(found: Sequence[dict[str, Any]], figure: str) -> str:
     return f"{sum(values) / len(values):.1f}{interval}"
 
 
-def task_types() -> Rows:
-    """Accuracy of scenes' questions by type on the test split: mean over seeds of each arm."""
-    found = read_trials("scenes-vqa")
-    arms = list(dict.fromkeys(trial["arm"] for trial in found))
-    types = sorted({kind for trial in found for kind in trial["figures"]["test"]["by_question_type"]})
-    rows = [["per cent, test split", *(arms or ["no trial yet"])]]
-    for kind in types:
-        values = ([t["figures"]["test"]["by_question_type"][kind] for t in found if t["arm"] == arm] for arm in arms)
-        rows.append([kind, *(f"{sum(x) / len(x):.0f}" for x in values)])
-    return rows
-
-
 def read_trials(name: str) -> list[dict[str, Any]]:
     """The committed results of a study of a task; none if no trial has ended."""
     file = TASKS / f"{name}.jsonl"
@@ -138,6 +126,5 @@ def write_tasks(folder: Path) -> None:
 TASK_TABLES: dict[str, Callable[[], Rows]] = {
     "tasks-overview": tasks_overview,
     "tasks-scenes-vqa": scenes_questions,
-    "tasks-types": task_types,
     "tasks-scenes-starts": scenes_starts,
 }
