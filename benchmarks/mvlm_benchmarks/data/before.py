@@ -4,8 +4,8 @@
     python -m mvlm_benchmarks.data.before --before ../before [--rounds 11] [--batches 16] [--json FILE]
 
 Both loaders read the same JPEGs with two threads. As in `mvlm bench data` each is a process that is stopped while the
-other one runs, and every second round runs in reverse order. A ratio is this tree's speed over the checkout's. It is taken within each
-round, by the clock and by the processor's time: on a busy machine the second one tells more.
+other one runs, and every second round runs in reverse order. A ratio is this tree's speed over the checkout's. It is
+taken within each round, by the clock and by the processor's time: on a busy machine the second one tells more.
 """
 
 import argparse

@@ -297,7 +297,7 @@ def write_pieces_on_ray(
 
 
 def run_tasks_on_ray(function: Callable[..., Any], tasks: Iterable[Any]) -> Generator[TaskEvent, None, None]:
-    """As `run_tasks`, on the nodes of a Ray cluster. A task's events come when it ends. None is "died".
+    """Do tasks, like `run_tasks`, on the nodes of a Ray cluster. Events of a task come when it ends. None is "died".
 
     Joins the cluster that RAY_ADDRESS names or that runs on this machine, else starts one on this machine. A task whose
     process or node was lost is done again, up to `MAX_CRASHES` times.
