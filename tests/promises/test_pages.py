@@ -44,6 +44,7 @@ ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing d
     r"mvlm bench |python benchmarks/gpu_run.py|pytest benchmarks/": "minutes, or a GPU; tests/benchmarks parses them",
     r"python -m mvlm_benchmarks.data.(shuffle|remote|damaged|large_index|link)": "tests/benchmarks/data, on small sets",
     r"pip install litdata|python -m mvlm_benchmarks.data.(peers)": "minutes, and packages that nothing else needs",
+    r"mvlm .*(emoji-linked|runs/orders)": "an hour in all; test_link.py links, and the demo trains the same settings",
     r"mvlm data emoji": "tests/dataloading/build/test_packaged_sets.py and .ci/run; committed images stand in",
     r"mvlm (data|pretrain|finetune|eval|predict) .*(photos|data/asked|runs/answers)": "tests/walks/test_pictures.py",
     r"mvlm pretrain .*--(image-weights|initial-model|(model.image|text)-tower)": ("tests/mvlm/weights/test_start.py"),
