@@ -43,5 +43,5 @@ def _linear_cross_entropy(rows: int, vocabulary: int, dtype: torch.dtype) -> Cas
     minimum = 2 * matrix + 2 * states + 8 * rows + 4, 2 * matrix + 2 * states + 4
     return Case(
         "linear_cross_entropy", f"{rows} rows of {width}, vocabulary {vocabulary}", dtype, make, ours, oracle, minimum,
-        (3 * product, 0), product=(rows, vocabulary, width), has_kernels=False,
+        (3 * product, 0), core=True, product=(rows, vocabulary, width), has_kernels=False,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Peers of the layers around attention: residual with LayerNorm, the feed-forward's GELU, and the LM head.
+"""Peers of the layers around attention: residual with LayerNorm, the feed-forward's GELU, the LM head and the losses.
 
 Their builders follow the rules of :mod:`mvlm_benchmarks.kernels.peers`.
 """
@@ -39,6 +39,21 @@ def cross_entropy_quack(inputs: Inputs) -> Function:
     _require_cuda(inputs)
     targets = inputs.fixed["targets"]
     return lambda x, weight, bias: cross_entropy(F.linear(x, weight, bias), targets, reduction="mean")
+
+
+def contrastive_eager(inputs: Inputs) -> Function:
+    """Loss from kept logits, as open_clip's ClipLoss and SigLipLoss have it, in float32 as under autocast."""
+    pairs = len(inputs.leaves["image"])
+    own = torch.arange(pairs, device=inputs.leaves["image"].device)
+    signs = 2 * torch.eye(pairs, device=own.device) - 1
+
+    def run(image: Tensor, text: Tensor, log_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        logits = (image @ text.T).float() * log_scale.exp()
+        if bias is not None:
+            return -F.logsigmoid(signs * (logits + bias)).sum() / pairs
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    return run
 
 
 def rotary_eager(inputs: Inputs) -> Any:

@@ -197,6 +197,7 @@ EAGER: dict[str, Builder] = {
     "gelu_linear": layers.gelu_eager,
     "linear_cross_entropy": layers.cross_entropy_eager,
     "qk_norm_rope": layers.rotary_eager,
+    "contrastive_loss": layers.contrastive_eager,
 }
 LIGER: dict[str, Builder] = {
     "cross_attention": attention.liger,

@@ -70,12 +70,13 @@ Access = Callable[[Any, Any, int, bool], None]
 def counted(batch: int) -> list[Case]:
     """Cases whose memory traffic is counted: those of sequences of equal length that kernels compute alone.
 
-    `gelu_linear` and `split_linear` are there without their matrix products, which torch computes.
+    `gelu_linear` and `split_linear` are there without their matrix products, which torch computes. :func:`contrasts`
+    has the contrastive losses.
     """
     found = [
         case
         for case in sorted(timed(batch, BF16), key=lambda case: not case.core)
-        if not case.left_to_torch and case.op != "gelu_linear"
+        if not case.left_to_torch and case.op not in ("gelu_linear", "contrastive_loss")
         and not re.search("captions|packed|key_index|577", case.label)
     ]  # fmt: skip
     rows = 2 * batch * 197

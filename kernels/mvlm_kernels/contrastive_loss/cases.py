@@ -1,6 +1,7 @@
-"""Cases of ``contrastive_terms``, and its oracle. Legend: n rows, G columns, E width."""
+"""Cases of ``contrastive_terms`` and ``contrastive_loss``, and their oracle. Legend: n rows, G columns, E width."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_kernels.case import Case, Draw, Inputs
-from mvlm_kernels.contrastive_loss import contrastive_terms
+from mvlm_kernels.contrastive_loss import contrastive_loss, contrastive_terms
 
 FAST = {"bf16/70x150x40/infonce/draws", "fp32/70x150x40/sigmoid/shared"}
 """Cases that are emulated in every suite."""
@@ -67,12 +68,44 @@ def case(
     return Case("contrastive_terms", label, dtype, make, ours, oracle, multiplies=True, terms=terms, rounded=rounded)
 
 
+def loss(pairs: int, dtype: torch.dtype, width: int, *, bias: bool = False, core: bool = False) -> Case:
+    """The loss of so many pairs, all on one device, at the temperature and the bias from which CLIP and SigLIP start.
+
+    bias: sigmoid loss in place of InfoNCE.
+    """
+
+    def make(device: str, seed: int = 0) -> Inputs:
+        draw = Draw(device, seed)
+        leaves = {name: F.normalize(draw.normal(pairs, width, dtype=dtype), dim=1) for name in ("image", "text")}
+        starts = {"log_scale": math.log(10), "bias": -10.0} if bias else {"log_scale": math.log(1 / 0.07)}
+        leaves |= {name: torch.full((1,), value, device=device) for name, value in starts.items()}
+        return Inputs(leaves, {})
+
+    def of_logits(image: Tensor, text: Tensor, log_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        logits, own = image @ text.T * log_scale.exp(), torch.arange(pairs, device=image.device)
+        if bias is not None:
+            right = 2 * torch.eye(pairs, dtype=logits.dtype, device=image.device) - 1
+            return -F.logsigmoid(right * (logits + bias)).sum() / pairs
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    # Forward saves the log-sum-exp of rows and of columns. Backward computes the logits again.
+    embeddings, product = 2 * pairs * width * dtype.itemsize, 2 * pairs * pairs * width
+    numbers, sums = 4 * (2 if bias else 1), 0 if bias else 8 * pairs
+    minimum = embeddings + numbers + sums + 4, 2 * (embeddings + numbers) + sums + 4
+    return Case(
+        "contrastive_loss", f"{pairs} pairs of {width}, {'sigmoid' if bias else 'InfoNCE'}", dtype, make,
+        contrastive_loss, of_logits, minimum, (product, 3 * product), core=core, product=(pairs, pairs, width),
+        multiplies=True,
+    )  # fmt: skip
+
+
 def timed(batch: int, dtype: torch.dtype) -> list[Case]:
-    return []
+    """Sixteen pairs for each image of the batch: the op is for thousands of pairs."""
+    return [loss(16 * batch, dtype, 256, core=True), loss(16 * batch, dtype, 256, bias=True)]
 
 
 def small(dtype: torch.dtype) -> list[Case]:
-    return []
+    return [loss(37, dtype, 40), loss(37, dtype, 40, bias=True)]
 
 
 def compiled() -> Iterator[Case]:

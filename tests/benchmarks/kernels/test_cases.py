@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import mvlm_kernels
 from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.compare import prepare
 from mvlm_benchmarks.kernels.measure import LocalContender
@@ -61,3 +62,14 @@ def test_every_op_with_kernels_has_a_small_case_that_launches_them() -> None:
     wanted = {case.op for case in cases(2, torch.bfloat16) if case.has_kernels}
     launched = {case.op for case in small(torch.bfloat16) if case.launches(90)}
     assert launched == wanted
+
+
+NOT_TIMED = {"contrastive_terms", "explain", "explain_model", "pack_key_mask", "use_backend"}
+"""Functions of `mvlm_kernels` that are no op, and the op that `contrastive_loss` calls."""
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_exported_op_with_kernels_is_timed(quick) -> None:
+    exported = {name for name in mvlm_kernels.__all__ if name.islower()}
+    timed = {case.op for case in SMALL if case.core or not quick}
+    assert timed == exported - NOT_TIMED | {"linear_cross_entropy"}
