@@ -114,9 +114,15 @@ def file_limit():
     return limited
 
 
+@pytest.fixture(params=[2, 4], ids="{} ranks".format)
+def ranks(request) -> int:
+    """Number of ranks."""
+    return request.param
+
+
 @pytest.fixture
-def on_two_ranks(tmp_path_factory) -> Callable[..., tuple[list[int], str]]:
-    """Runs `mvlm WORDS` on two ranks, forked from this process. Returns their exit codes, and what they wrote.
+def on_ranks(tmp_path_factory) -> Callable[..., tuple[list[int], str]]:
+    """Runs `mvlm WORDS` on so many ranks, forked from this process. Returns their exit codes, and what they wrote.
 
     A rank's own number is in place of "{rank}" in a word.
     """
@@ -124,7 +130,7 @@ def on_two_ranks(tmp_path_factory) -> Callable[..., tuple[list[int], str]]:
 
     log = tmp_path_factory.mktemp("ranks") / "log"
 
-    def run(*words: object) -> tuple[list[int], str]:
+    def run(size: int, *words: object) -> tuple[list[int], str]:
         def work() -> int:
             logging.basicConfig(stream=sys.stderr, force=True)
             sys.argv = ["mvlm", *(str(word).replace("{rank}", os.environ["RANK"]) for word in words)]
@@ -135,7 +141,7 @@ def on_two_ranks(tmp_path_factory) -> Callable[..., tuple[list[int], str]]:
             return 0
 
         log.write_text("")
-        codes = [wait(pid) for pid in in_ranks(work, 2, log)]
+        codes = [wait(pid) for pid in in_ranks(work, size, log)]
         return codes, log.read_text(errors="replace")
 
     return run

@@ -29,7 +29,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "guides" / "many_gpus.md"
 
 
 @pytest.fixture(params=["adamw", *(pytest.param(name, marks=pytest.mark.extended) for name in ("muon", "tower"))])
-def runs(request, scenes, tmp_path, on_two_ranks) -> tuple[Path, Path]:
+def runs(request, scenes, tmp_path, on_ranks) -> tuple[Path, Path]:
     """Runs of two steps: one process, and two ranks with FSDP2 and two microbatches each.
 
     torchrun starts those of Muon, with the command of docs/guides/many_gpus.md; the others are forked. Those of an
@@ -58,7 +58,7 @@ def runs(request, scenes, tmp_path, on_two_ranks) -> tuple[Path, Path]:
         *shlex.split(shown[2]),
     ]
     if optimizer == "adamw":
-        codes, errors = on_two_ranks(*own)
+        codes, errors = on_ranks(2, *own)
         assert codes == [0, 0], errors
     else:
         command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(shown[1]), "-m", "mvlm", *own]
@@ -91,7 +91,7 @@ def note_dtypes(used: set[torch.dtype], module: torch.nn.Module, _: object) -> N
 
 
 @pytest.mark.slow
-def test_fsdp_gathers_in_bf16_and_keeps_weights_and_gradients_in_fp32():
+def test_fsdp_gathers_in_bf16_and_keeps_weights_and_gradients_in_fp32(ranks):
     """Losses are within the rounding of bf16, 2^-8, of those with weights gathered in fp32; both run under autocast."""
 
     def work() -> None:
@@ -116,12 +116,12 @@ def test_fsdp_gathers_in_bf16_and_keeps_weights_and_gradients_in_fp32():
         assert losses[0] != losses[1]
         world.close()
 
-    assert [ended_well(pid) for pid in in_ranks(work, 2)] == [True] * 2
+    assert [ended_well(pid) for pid in in_ranks(work, ranks)] == [True] * ranks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_run_folder_that_ranks_do_not_share_ends_all_at_once(scenes, tmp_path, monkeypatch, shared):
+def test_a_run_folder_that_ranks_do_not_share_ends_all_at_once(scenes, tmp_path, monkeypatch, ranks, shared):
     """Each rank works in a folder of its own, as on nodes with disks of their own. The folder may appear late."""
     monkeypatch.setattr(coordination, "SHARED_SECONDS", 10.0 if shared else 0.3)
     config = pretrain_config(scenes, Path("run"), max_steps=1)
@@ -138,13 +138,13 @@ def test_a_run_folder_that_ranks_do_not_share_ends_all_at_once(scenes, tmp_path,
         return 0
 
     log = tmp_path / "log"
-    codes = [wait(pid) for pid in in_ranks(work, 2, log)]
+    codes = [wait(pid) for pid in in_ranks(work, ranks, log)]
     found = [line for line in log.read_text().splitlines() if line.startswith("found: ")]
     if shared:
-        assert codes == [0, 0], found
+        assert codes == [0] * ranks, found
         assert not list(tmp_path.glob("0/run/.shared-*"))
         return
-    assert codes == [2, 2]
+    assert codes == [2] * ranks
     (line,) = [line for line in found if line != "found: 2"]
     assert line.startswith("found: run: wanted a folder that all ranks share")
     assert "rank 1" in line

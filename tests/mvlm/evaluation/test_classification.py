@@ -69,16 +69,16 @@ def test_an_image_that_cannot_be_decoded_is_named(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_classifies_at_its_evaluations(scenes, tmp_path, on_two_ranks, run_mvlm):
-    """Two ranks train. Their row has the accuracy of the last checkpoint, and `mvlm eval classes` prints it."""
+def test_a_run_classifies_at_its_evaluations(scenes, tmp_path, ranks, on_ranks, run_mvlm):
+    """Ranks train. Their row has the accuracy of the last checkpoint, and `mvlm eval classes` prints it."""
     place, templates = write_classes(tmp_path / "classes", each=9), tmp_path / "templates.txt"
     templates.write_text("\n".join(TEMPLATES))
     config = pretrain_config(
         scenes, tmp_path / "run", eval_every_steps=2, precision="fp32", classes=place, templates=templates
     )
     write_json(tmp_path / "config.json", config_json(config))
-    codes, errors = on_two_ranks("pretrain", "--config", tmp_path / "config.json", "--out", config.out)
-    assert codes == [0, 0], errors
+    codes, errors = on_ranks(ranks, "pretrain", "--config", tmp_path / "config.json", "--out", config.out)
+    assert codes == [0] * ranks, errors
     row = rows_of(config.out)[-1]
     trained = load_without_head(config.out, "cpu")
     wanted = expected(TrainedModel(trained.network, trained.tokenizer, "fp32"), place, TEMPLATES)

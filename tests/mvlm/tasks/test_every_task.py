@@ -230,14 +230,14 @@ RANKS = {"pairs": "ddp", "caption": "ddp", "masked": "fsdp", "questions of an im
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", some_in_test(RANKS, "pairs"))
-def test_two_ranks_equal_one(trained, data, tmp_path, form, on_two_ranks, without_tensorboard):
+def test_two_ranks_equal_one(trained, data, tmp_path, form, on_ranks, without_tensorboard):
     """With FSDP each rank holds half of the weights, and a checkpoint has its parts; an evaluation takes them whole."""
     config = configured(trained, data, tmp_path / "one", form, max_steps=3, eval_every_steps=3)
     finetune(config)
     two = vars(replace(config, out=tmp_path / "two", parallel=RANKS[form]))
     given = [name for name in PASSED if two[name] is not None]
     words = [word for name in given for word in (f"--{name.replace('_', '-')}", two[name])]
-    codes, errors = on_two_ranks("finetune", config.task, *words, "--crop-scale", *config.crop_scale)
+    codes, errors = on_ranks(2, "finetune", config.task, *words, "--crop-scale", *config.crop_scale)
     assert codes == [0, 0], errors
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     # The same weights on one rank: those of the other run differ by rounding, which can change a generated word.

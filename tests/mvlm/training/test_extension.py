@@ -83,15 +83,15 @@ def test_wsd_extended_before_it_falls_is_the_longer_run(scenes, tmp_path, withou
 
 
 @pytest.mark.slow
-def test_two_ranks_extend_a_run_as_one_does(scenes, tmp_path, without_tensorboard, on_two_ranks):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for out in (one, two):
+def test_ranks_extend_a_run_as_one_does(scenes, tmp_path, without_tensorboard, ranks, on_ranks):
+    one, more = tmp_path / "one", tmp_path / "more"
+    for out in (one, more):
         pretrain(pretrain_config(scenes, out, max_steps=2, precision="fp32"))
     pretrain(pretrain_config(scenes, one, max_steps=2, precision="fp32", extend_to=4, resume=True))
-    words = ("pretrain", "--config", two / "config.json", "--out", two, "--resume", "--extend-to", 4)
-    codes, said = on_two_ranks(*words)
-    assert codes == [0, 0], said
-    for ours, theirs in zip(rows_of(two), rows_of(one), strict=True):
+    words = ("pretrain", "--config", more / "config.json", "--out", more, "--resume", "--extend-to", 4)
+    codes, said = on_ranks(ranks, *words)
+    assert codes == [0] * ranks, said
+    for ours, theirs in zip(rows_of(more), rows_of(one), strict=True):
         assert ours["lr"] == theirs["lr"]
         assert [ours[name] for name in LOSSES] == pytest.approx([theirs[name] for name in LOSSES], rel=1e-4)
 

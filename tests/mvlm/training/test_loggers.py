@@ -1,6 +1,7 @@
 """Sinks for metrics and images. Modules that record their calls stand in for the services."""
 
 import json
+import os
 import sys
 import threading
 from importlib.machinery import ModuleSpec
@@ -17,6 +18,7 @@ from mvlm.runs.checkpoint import verify_checkpoint
 from mvlm.training.loggers import LogSinks, start_services, upload_report
 from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
+from support.faults.forks import ended_well, in_ranks
 from support.folders import rows_of
 from support.models import pretrain_config
 
@@ -167,6 +169,24 @@ def test_the_best_and_the_last_checkpoint_become_artefacts(
     wanted = [("my_run-checkpoint", "model", step, [alias, step, "latest"]) for step, alias in steps]
     assert wandb == (wanted if asked else [])
     assert (config.out / "checkpoints/step_00000003").exists() == asked
+
+
+@pytest.mark.slow
+def test_the_first_rank_alone_sends_rows_and_artefacts(
+    scenes, tmp_path, monkeypatch, wandb, without_tensorboard, ranks
+):
+    sent = tmp_path / "sent"
+
+    def note(what: str) -> None:
+        with sent.open("a") as file:
+            file.write(f"{what} of rank {os.environ['RANK']}\n")
+
+    service = sys.modules["wandb"]
+    monkeypatch.setattr(service, "log", lambda *_, **__: note("row"))
+    monkeypatch.setattr(service, "log_artifact", lambda *_, **__: note("artefact"))
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=1, log_to=("wandb",), artefacts=True)
+    assert all([ended_well(pid) for pid in in_ranks(lambda: pretrain(config), ranks)])
+    assert sorted(sent.read_text().splitlines()) == ["artefact of rank 0", "row of rank 0"]
 
 
 def test_an_artefact_that_cannot_be_sent_is_a_warning(

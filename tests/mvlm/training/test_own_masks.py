@@ -116,14 +116,14 @@ def test_unchanged_masks_give_the_losses_of_the_loaders(scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_mask_as_one(scenes, tmp_path, on_two_ranks, steep):
+def test_two_ranks_mask_as_one(scenes, tmp_path, on_ranks, steep):
     one, two, place = tmp_path / "one", tmp_path / "two", tmp_path / "counts"
     own = steep(place)
     pretrain(pretrain_config(scenes, one, max_steps=RISE, precision="fp32", own_masks=own, own_loss=LOSS))
     wanted = counts(place)
     place.unlink()
-    codes, log = on_two_ranks(
-        "pretrain", "--config", RunFolder(one).config, "--out", two, "--own-masks", own, "--own-loss", LOSS
+    codes, log = on_ranks(
+        2, "pretrain", "--config", RunFolder(one).config, "--out", two, "--own-masks", own, "--own-loss", LOSS
     )
     assert codes == [0, 0], log
     assert counts(place) == wanted

@@ -98,28 +98,28 @@ def test_a_run_of_stages_resumes_exactly(scenes, tmp_path, without_tensorboard, 
 @pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_stages_of_two_ranks_resume_exactly_and_on_one(scenes, tmp_path, without_tensorboard, on_two_ranks, parallel):
+def test_stages_on_ranks_resume_exactly_and_on_one(scenes, tmp_path, without_tensorboard, ranks, on_ranks, parallel):
     """At the boundary of two stages."""
     settings = STAGES | {"precision": "fp32"}
-    one, two, again, fewer = (tmp_path / name for name in ("one", "two", "again", "fewer"))
+    one, more, again, fewer = (tmp_path / name for name in ("one", "more", "again", "fewer"))
     pretrain(pretrain_config(scenes, one, **settings))
-    interrupt(pretrain_config(scenes, two, **settings), 0)
+    interrupt(pretrain_config(scenes, more, **settings), 0)
 
     def run(out):
         words = ("pretrain", "--config", out / "config.json", "--out", out, "--resume", "--parallel", parallel)
-        codes, said = on_two_ranks(*words)
-        assert codes == [0, 0], said
+        codes, said = on_ranks(ranks, *words)
+        assert codes == [0] * ranks, said
 
-    run(two)
+    run(more)
     for out in (again, fewer):
-        shutil.copytree(two, out)
+        shutil.copytree(more, out)
         for step in (3, 4):
             shutil.rmtree(out / f"checkpoints/step_{step:08d}")
     run(again)
     pretrain(pretrain_config(scenes, fewer, resume=True, **settings))
-    assert model_of(again) == model_of(two)
-    assert reproducible_rows(again) == reproducible_rows(two)
-    for out in (two, fewer):
+    assert model_of(again) == model_of(more)
+    assert reproducible_rows(again) == reproducible_rows(more)
+    for out in (more, fewer):
         for ours, theirs in zip(rows_of(out), rows_of(one), strict=True):
             assert [ours[name] for name in LOSSES] == pytest.approx([theirs[name] for name in LOSSES], rel=1e-4)
 
@@ -154,6 +154,27 @@ def test_a_resumed_run_may_compute_in_another_way(scenes, tmp_path, without_tens
     *checks, _ = verify_run(broken.out, steps=4)  # it was not evaluated
     assert [problem for check in checks for problem in check.problems] == []
     assert sum("replayed" in check.what for check in checks) == 2
+
+
+@pytest.mark.slow
+def test_ranks_resume_a_run_in_another_way(scenes, tmp_path, without_tensorboard, ranks, on_ranks):
+    """DDP for one step, then FSDP2 with two microbatches and checkpointed activations. Losses are those of one rank."""
+    settings = {"precision": "fp32", "max_steps": 2, "checkpoint_every_steps": 1, "keep_checkpoints": 0}
+    one, more = tmp_path / "one", tmp_path / "more"
+    pretrain(pretrain_config(scenes, one, **settings))
+    interrupt(pretrain_config(scenes, more, **settings), 0)
+    words = ("pretrain", "--config", more / "config.json", "--out", more, "--resume")
+    ways = {"accumulate": 2, "checkpoint_activations": True, "parallel": "fsdp"}
+    changes = ("--accumulate", 2, "--checkpoint-activations", "--parallel", "fsdp")
+    assert on_ranks(ranks, *words)[0] == [0] * ranks
+    shutil.rmtree(more / "checkpoints/step_00000002")
+    codes, said = on_ranks(ranks, *words, *changes)
+    assert codes == [0] * ranks, said
+    (line,) = [line for line in said.splitlines() if "after step 1: " in line]
+    assert all(f"{name} {value} in place of " in line for name, value in ways.items())
+    for ours, theirs in zip(rows_of(more), rows_of(one), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert [ours[name] for name in LOSSES] == pytest.approx([theirs[name] for name in LOSSES], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -76,19 +76,19 @@ def test_own_code_runs_if_the_user_names_it_and_masks_of_ones_own_are_kept(scene
 
 
 @pytest.mark.slow
-def test_a_step_of_two_ranks_is_repeated_on_two_and_on_one(scenes, tmp_path, monkeypatch, on_two_ranks, failed):
+def test_a_step_of_ranks_is_repeated_on_as_many_and_on_one(scenes, tmp_path, monkeypatch, ranks, on_ranks, failed):
     """Each rank keeps its own microbatches. On one rank the same module is found, and sums may round otherwise."""
     words = ["pretrain", "--config", failed.parent / "config.json", "--out", tmp_path / "run"]
     with monkeypatch.context() as patch:
         change_before(patch, 2, overflow_forward)
-        codes, said = on_two_ranks(*words)
-    assert codes == [0, 0], said
+        codes, said = on_ranks(ranks, *words)
+    assert codes == [0] * ranks, said
     folder = tmp_path / "run/failed_step"
-    samples = [load_file(folder / f"microbatches/rank_0000{rank}.safetensors")["0/sample_id"] for rank in (0, 1)]
+    kept = [load_file(folder / f"microbatches/rank_{rank:05d}.safetensors") for rank in range(ranks)]
     one = load_file(failed / MICROBATCH)["0/sample_id"]
-    assert torch.cat(samples).equal(one)
-    codes, said = on_two_ranks("replay", folder)
-    assert codes == [0, 0], said
+    assert torch.cat([tensors["0/sample_id"] for tensors in kept]).equal(one)
+    codes, said = on_ranks(ranks, "replay", folder)
+    assert codes == [0] * ranks, said
     assert "bit for bit" in said
     assert f"rank 0: the first module whose output is not finite, forward: {FORWARD_MODULE}" in said
     alone = replay(folder, ALONE)

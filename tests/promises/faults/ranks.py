@@ -8,6 +8,7 @@ weights, which sum in another order.
 
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -329,6 +330,21 @@ def away(campaign: Campaign, out: Path) -> None:
     require(file_bytes(disturbed / "checkpoints") == file_bytes(out / "checkpoints"), "other weights")
 
 
+def mirrored(campaign: Campaign, out: Path, ranks: int) -> None:
+    """Ranks are asked to stop and copy their checkpoints to a bucket. As many go on from an empty folder, bit for bit."""
+    (bucket := out.with_suffix(".bucket")).mkdir()
+    with serve_seaweed(bucket) as server, reading_from(server.s3):
+        place: dict[str, Any] = {"mirror": Path("s3://tests/run")}
+        fault = partial(injections.at_step, 5, injections.kill(signal.SIGTERM))
+        campaign.run(out, ranks, {ranks - 1: fault}, ends=[0] * ranks, **place)
+        shutil.rmtree(out)
+        campaign.run(out, ranks, ends=[0] * ranks, **place)
+    for told in ("step_00000006 is at s3://tests/run", "restoring step_00000006 from s3://tests/run"):
+        found = out.with_suffix(".log").read_text().count(told)
+        require(found == 1, f"wanted {told!r} once, found it {found} times")
+    campaign.require_equal(out, ranks)
+
+
 ENDS = ("ends", "hangs")
 LAYOUTS = [(a, b, kind) for a, b in ((1, 2), (2, 1)) for kind in ("ddp", "fsdp")]
 TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
@@ -341,6 +357,7 @@ TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
     "view of links": partial(mixed, built=False),
     "links and a folder": partial(mixed, built=True),
     "store away": away,
+    **{f"mirror, {ranks}": partial(mirrored, ranks=ranks) for ranks in (2, 4)},
     "evaluated average": evaluated,
     **{f"failed rank, {r}, {end}": partial(failed, rank=r, hangs=end == "hangs") for r in (0, 1) for end in ENDS},
     **{f"stopped evaluation, {ranks}": partial(stopped_evaluation, ranks=ranks) for ranks in (1, 2)},

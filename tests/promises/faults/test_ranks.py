@@ -75,6 +75,13 @@ def test_a_bucket_that_is_away_during_training_costs_one_line(trial):
     trial("store away")
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.extended)], ids="{} ranks".format)
+def test_a_run_goes_on_from_its_copies_in_a_bucket(trial, ranks):
+    weed()
+    pytest.importorskip("obstore")
+    trial(f"mirror, {ranks}")
+
+
 def test_a_run_killed_on_four_ranks_goes_on_with_two_and_accumulates(trial):
     trial("4 to 2")
 
