@@ -185,7 +185,8 @@ def test_the_first_rank_alone_sends_rows_and_artefacts(
     monkeypatch.setattr(service, "log", lambda *_, **__: note("row"))
     monkeypatch.setattr(service, "log_artifact", lambda *_, **__: note("artefact"))
     config = pretrain_config(scenes, tmp_path / "run", max_steps=1, log_to=("wandb",), artefacts=True)
-    assert all([ended_well(pid) for pid in in_ranks(lambda: pretrain(config), ranks)])
+    ends = [ended_well(pid) for pid in in_ranks(lambda: pretrain(config), ranks)]
+    assert all(ends)
     assert sorted(sent.read_text().splitlines()) == ["artefact of rank 0", "row of rank 0"]
 
 

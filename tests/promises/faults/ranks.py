@@ -331,7 +331,7 @@ def away(campaign: Campaign, out: Path) -> None:
 
 
 def mirrored(campaign: Campaign, out: Path, ranks: int) -> None:
-    """Ranks are asked to stop and copy their checkpoints to a bucket. As many go on from an empty folder, bit for bit."""
+    """Stop ranks that copy their checkpoints to a bucket. As many go on from an empty folder, bit for bit."""
     (bucket := out.with_suffix(".bucket")).mkdir()
     with serve_seaweed(bucket) as server, reading_from(server.s3):
         place: dict[str, Any] = {"mirror": Path("s3://tests/run")}
