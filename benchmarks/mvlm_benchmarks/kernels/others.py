@@ -4,9 +4,9 @@
 
 A library without a folder is left out. The folders have the packages `liger_kernel` and `flash_attn`: that of
 `pip install --no-deps --target FOLDER liger-kernel`, and an unpacked source distribution or checkout of flash-attn.
-Both are counted as
-:mod:`mvlm_benchmarks.kernels.bounds` and :mod:`mvlm_benchmarks.kernels.traffic` count ours. Of flash-attn's numbers of
-warps, among which its tuner chooses by time, the one with fewest instructions counts.
+Both are counted as :mod:`mvlm_benchmarks.kernels.bounds` and
+:mod:`mvlm_benchmarks.kernels.traffic` count ours. Of flash-attn's numbers of warps, among which its tuner chooses by
+time, the one with fewest instructions counts.
 
 A *value* is one of a row that is normed, or of a query or key that is rotated. Sums of partial gradients, which the
 others leave to torch, count by their bytes alone. Bytes of atomics do not count.
