@@ -1,12 +1,14 @@
 """Ops as layers: ``nn.Module`` with the parameters and state dicts of torch's own.
 
-A layer holds parameters and calls one op, whose documentation holds for it. :func:`mvlm_kernels.explain` of the op says
-what runs.
+A layer holds parameters and calls one op, whose documentation holds for it. :func:`mvlm_kernels.explain_model` says
+which calls of a model's layers the kernels compute.
 
 Shape legend: B batch, Lq and Lk rows, C width.
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,18 @@ from mvlm_kernels.cross_attention.arguments import dropout_of
 from mvlm_kernels.gelu_linear import gelu_linear
 
 __all__ = ["AddLayerNorm", "CrossAttention", "GeluLinear"]
+
+
+@dataclass
+class OpArguments:
+    """Arguments of the op that a layer calls, by position and by name."""
+
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def call(self) -> Any:
+        return self.op(*self.args, **self.kwargs)
 
 
 class CrossAttention(nn.Module):
@@ -104,6 +118,13 @@ class CrossAttention(nn.Module):
         seed; with return_lse also returns the log-sum-exp. Raises TypeError for an argument of torch's
         attention, with what to pass instead, and for dropout_p, which is the layer's.
         """
+        found = self.op_arguments(x, context, **options).call()
+        if options.get("return_lse"):
+            return self.out(found[0].flatten(-2)), found[1]
+        return self.out(found.flatten(-2))
+
+    def op_arguments(self, x: Tensor, context: Tensor | None = None, **options: Any) -> OpArguments:
+        """Arguments of :func:`mvlm_kernels.cross_attention` for those of :meth:`forward`."""
         if "dropout_p" in options:
             raise TypeError("dropout_p is an argument of the layer: CrossAttention(..., dropout=...)")
         context = x if context is None else context
@@ -111,43 +132,57 @@ class CrossAttention(nn.Module):
         k = self.k(context).unflatten(-1, (self.kv_heads, self.head_width))
         v = self.v(context).unflatten(-1, (self.kv_heads, self.head_width))
         dropout = self.dropout if self.training else 0.0
-        found: Any = cross_attention(q, k, v, dropout_p=dropout, **options)
-        if options.get("return_lse"):
-            return self.out(found[0].flatten(-2)), found[1]
-        return self.out(found.flatten(-2))
+        return OpArguments(cross_attention, (q, k, v), {"dropout_p": dropout, **options})
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, dropout={self.dropout}"
 
 
 class AddLayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` of a residual sum by :func:`mvlm_kernels.add_layer_norm`, with its state dict.
+    """``nn.LayerNorm`` or ``nn.RMSNorm`` of a residual sum by :func:`mvlm_kernels.add_layer_norm`, with its state dict.
 
     Args:
         width: C.
-        eps: added to the variance.
+        eps: added to the variance, or to the mean square.
+        kind: "layer", or "rms", which has no bias.
+        elementwise_affine: whether the norm has a weight and, if it is a LayerNorm, a bias. Off for AdaLN.
         post_norm: the stream continues with the norm and not with the sum.
         out_dtype: of the norm; that of the summand by default.
     """
 
     def __init__(
-        self, width: int, eps: float = 1e-5, *, post_norm: bool = False, out_dtype: torch.dtype | None = None
+        self,
+        width: int,
+        eps: float = 1e-5,
+        *,
+        kind: Literal["layer", "rms"] = "layer",
+        elementwise_affine: bool = True,
+        post_norm: bool = False,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, eps)
-        self.post_norm, self.out_dtype = post_norm, out_dtype
+        if kind not in ("layer", "rms"):
+            raise ValueError(f'kind must be "layer" or "rms", got {kind!r}')
+        super().__init__(width, eps, elementwise_affine, bias=kind == "layer")
+        self.kind, self.post_norm, self.out_dtype = kind, post_norm, out_dtype
 
-    def forward(self, input: Tensor, y: Tensor | None = None, y_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Stream input (.., C) and what a sub-layer adds, y (.., C) or None -> the new stream and its norm."""
-        return add_layer_norm(
-            input,
-            y,
-            self.weight,
-            self.bias,
-            self.eps,
-            y_bias=y_bias,
-            out_dtype=self.out_dtype,
-            post_norm=self.post_norm,
-        )
+    def forward(  # type: ignore[override]
+        self, input: Tensor, y: Tensor | None = None, y_bias: Tensor | None = None, **modulation: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stream input (.., C) and what a sub-layer adds, y (.., C) or None -> the new stream and its norm.
+
+        modulation: gate, scale and shift of :func:`mvlm_kernels.add_layer_norm`, for LayerScale and AdaLN.
+        """
+        return self.op_arguments(input, y, y_bias, **modulation).call()
+
+    def op_arguments(
+        self, input: Tensor, y: Tensor | None = None, y_bias: Tensor | None = None, **modulation: Tensor
+    ) -> OpArguments:
+        """Arguments of :func:`mvlm_kernels.add_layer_norm` for those of :meth:`forward`."""
+        own = {"y_bias": y_bias, "out_dtype": self.out_dtype, "post_norm": self.post_norm, "kind": self.kind}
+        return OpArguments(add_layer_norm, (input, y, self.weight, self.bias, self.eps), own | modulation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kind={self.kind}, post_norm={self.post_norm}"
 
 
 class GeluLinear(nn.Linear):
@@ -155,4 +190,8 @@ class GeluLinear(nn.Linear):
 
     def forward(self, input: Tensor, h_bias: Tensor | None = None) -> Tensor:
         """input (.., in_features), without the bias h_bias (in_features,) if that is given -> (.., out_features)."""
-        return gelu_linear(input, self.weight, self.bias, h_bias=h_bias)
+        return self.op_arguments(input, h_bias).call()
+
+    def op_arguments(self, input: Tensor, h_bias: Tensor | None = None) -> OpArguments:
+        """Arguments of :func:`mvlm_kernels.gelu_linear` for those of :meth:`forward`."""
+        return OpArguments(gelu_linear, (input, self.weight, self.bias), {"h_bias": h_bias})

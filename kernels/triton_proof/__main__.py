@@ -14,10 +14,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m triton_proof",
         description="Run tests of Triton kernels on a CPU: interpreted, and emulated as compiled for two GPUs.",
-        usage="python -m triton_proof [--proof {interpreted,sm_80,sm_90}] TEST [TEST ...] [OPTION OF PYTEST ...]",
-        epilog="A TEST is a file, FILE::test or a folder. All but --proof goes to pytest, such as -k, -x and -q.",
+        usage="python -m triton_proof [--proof {interpreted,sm_80,sm_90}] [--vary strides,sizes] TEST [TEST ...] "
+        "[OPTION OF PYTEST ...]",
+        epilog="A TEST is a file, FILE::test or a folder. All but these options goes to pytest, such as -k, -x and -q.",
     )
     parser.add_argument("--proof", action="append", choices=PROOFS, help="this proof alone; may be given twice")
+    parser.add_argument(
+        "--vary", metavar="strides,sizes",
+        help="run each test again on rows that lie apart (strides), on even parameters plus 1 (sizes), or on both",
+    )  # fmt: skip
     options, others = parser.parse_known_args()
     if not others:
         parser.error("no test is named: give a file, FILE::test or a folder")
@@ -29,6 +34,8 @@ def main() -> int:
     for proof in options.proof or PROOFS:
         print(f"proof {proof}", flush=True)
         command = [sys.executable, "-m", "pytest", "-p", "triton_proof.plugin", "--proof", proof, *others]
+        if options.vary:
+            command += ["--vary", options.vary]
         worst = max(worst, subprocess.run(command, env=environment, check=False).returncode)
     return worst
 

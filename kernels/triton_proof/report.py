@@ -1,7 +1,7 @@
 """Report of a launch: its findings (faults) and counters."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from triton_proof.ptx.syntax import Place
@@ -20,9 +20,9 @@ class EmulationError(RuntimeError):
 
 @dataclass
 class Finding:
-    """One fault at one instruction: its kind, the first thread that had it, and the number of lanes that had it.
+    """One fault at one instruction of a launch: its kind, the first thread that had it, and how often it was made.
 
-    ``where`` and ``text`` are empty where a kernel was interpreted.
+    ``where``, ``text`` and ``launch`` are empty where a kernel was interpreted.
     """
 
     kind: str
@@ -31,12 +31,14 @@ class Finding:
     text: str
     detail: str
     count: int = 1
+    launch: "Launch | None" = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         first = f"{self.kind}: {self.kernel}: {self.detail}"
         if not self.text:  # an interpreted kernel has no instructions
             return first
-        return f"{first} ({self.count} lanes)\n    at {place_name(self.where)}: {self.text[:160]}"
+        times = "" if self.count == 1 else f" ({self.count} times)"
+        return f"{first}{times}\n    at {place_name(self.where)}: {self.text[:160]}"
 
 
 REMEDIES = {
@@ -44,7 +46,7 @@ REMEDIES = {
     "misaligned": "the pointer, a stride or an offset is no multiple of what the kernel was told to assume: look at "
     "`tl.multiple_of`, and at views that start in the middle of a tensor",
     "uninitialised": "store every element before it is read: allocate with `torch.zeros`, or let the grid cover them",
-    "race": "put `tl.debug_barrier()` between a store and a load by other threads",
+    "race": "put `tl.debug_barrier()` between accesses of different threads of a block",
     "reduction-bits": "no race, but bits that differ between lanes, and may between runs: a product was fused into the "
     "sum; launch the kernel with `enable_fp_fusion=False`",
     "global-race": "let one program own each element, or use `tl.atomic_add`; a kernel that works in place must load a "
@@ -63,13 +65,17 @@ def remedy(finding: "Finding") -> str:
 
 
 def summary(findings: "list[Finding]") -> str:
-    """Findings of several launches, each once, with what to do; empty without any."""
-    launches: dict[tuple, list[Finding]] = defaultdict(list)
+    """Findings of several launches, one for each kind and line of the source, with what to do; empty without any."""
+    by_line: dict[tuple, list[Finding]] = defaultdict(list)
     for finding in findings:
-        launches[finding.kind, finding.kernel, finding.where, finding.text].append(finding)
+        by_line[finding.kind, finding.kernel, finding.where].append(finding)
     lines, told = [], set()
-    for same in launches.values():
-        lines.append(f"{same[0]}" + (f"\n    in {len(same)} launches" if len(same) > 1 else ""))
+    for same in by_line.values():
+        # A line of the source is several instructions, one for each vector of a thread.
+        lines.append(str(replace(same[0], count=sum(x.count for x in same))))
+        launches = len({id(x.launch if x.launch is not None else x) for x in same})
+        if launches > 1:
+            lines.append(f"    in {launches} launches")
         if (advice := remedy(same[0])) not in told:
             lines.append(f"    {advice}")
             told.add(advice)

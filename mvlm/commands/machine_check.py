@@ -152,13 +152,18 @@ def kernels(device: torch.device) -> Iterator[Finding]:
     row = torch.zeros(768, dtype=dtype, device=device)
     weight = torch.zeros(768, 768, device=device)  # parameters are in fp32
     q, k = (torch.zeros(2, length, 12, 64, dtype=dtype, device=device) for length in (197, 40))
+    embedded = torch.zeros(2, 256, dtype=dtype, device=device)
+    packed = torch.zeros(2, 197, 3, 12, 64, dtype=dtype, device=device)
+    angles = torch.zeros(197, 64, dtype=dtype, device=device)
     calls = {
         ops.add_layer_norm: (patches, patches, row, row),
+        ops.contrastive_loss: (embedded, embedded, weight[0, 0]),
         ops.cross_attention: (q, k, k),
         ops.gather_patches: (images, ids, 16),
         ops.gelu_linear: (patches, weight, weight[0]),
         ops.masked_pixel_loss: (pixels, images, ids, 16),
         ops.place_tokens: (patches, row, torch.zeros(197, 768, dtype=dtype, device=device), row),
+        ops.qk_norm_rope: (packed, angles, angles),
     }
     for op, arguments in calls.items():
         try:

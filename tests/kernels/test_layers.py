@@ -104,3 +104,21 @@ def test_norm_and_feed_forward_take_the_state_of_torchs():
     torch.testing.assert_close(gelu(normed), linear(nn.functional.gelu(normed)))
     post = AddLayerNorm(16, post_norm=True)
     torch.testing.assert_close(post(x, y)[0], nn.functional.layer_norm(x + y, (16,)))
+
+
+def test_rms_norm_and_modulated_norm_equal_torchs():
+    """RMSNorm takes torch's state. AdaLN has no weights of its own, and gates, scales and shifts of each sample."""
+    rms, ours = nn.RMSNorm(16, 1e-5), AddLayerNorm(16, kind="rms")
+    nn.init.normal_(rms.weight)
+    ours.load_state_dict(rms.state_dict())
+    x, y = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+    torch.testing.assert_close(ours(x, y)[1], rms(x + y))
+    adaptive = AddLayerNorm(16, elementwise_affine=False)
+    assert not list(adaptive.parameters())
+    gate, scale, shift = torch.randn(3, 2, 16)
+    stream, normed = adaptive(x, y, gate=gate, scale=scale, shift=shift)
+    torch.testing.assert_close(stream, x + gate[:, None] * y)
+    plain = nn.functional.layer_norm(stream, (16,))
+    torch.testing.assert_close(normed, plain * (1 + scale[:, None]) + shift[:, None])
+    with pytest.raises(ValueError, match="kind"):
+        AddLayerNorm(16, kind="group")  # pyright: ignore[reportArgumentType]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from triton_proof.driver import recorded, settings, uninitialised, unwritten
-from triton_proof.report import EmulationError, Finding
+from triton_proof.report import EmulationError, Finding, remedy, summary
 
 pytestmark = pytest.mark.usefixtures("arch")
 
@@ -57,6 +57,13 @@ def test_missing_mask_is_out_of_bounds(fault: dict[str, int], where: str, lanes:
     assert found[0].where[0][0].endswith("test_global_faults.py")
     assert sum(f.count for f in found) == lanes
     assert not out[1000:].any(), "the access was made"
+
+
+def test_a_load_across_the_end_says_how_far_it_goes() -> None:
+    """A thread loads four floats at once, of which the last two are outside."""
+    x, out = buffers(998)
+    (found,) = launch(copy, (2,), x, out, 998, **(GOOD | {"BLOCK": 512, "MASK_LOAD": False}))
+    assert "ends 8 bytes past the end of x" in found.detail
 
 
 def test_faults_are_raised_by_default() -> None:
@@ -109,7 +116,7 @@ def shift(x, BLOCK: tl.constexpr):
 
 
 def test_program_that_reads_what_another_writes() -> None:
-    assert kinds(launch(shift, (8,), torch.randn(1025), BLOCK=128)) == {"global-race"}
+    assert kinds(launch(shift, (8,), torch.randn(1025), BLOCK=128)) == {"global-race", "race"}
 
 
 @triton.jit
@@ -138,8 +145,19 @@ def test_threads_of_a_block_that_meet_in_global_memory() -> None:
     assert not launch(turned, (1,), x, out, scratch, N=128, BARRIER=True)
     assert torch.equal(out, x.flip(0))
     found = launch(turned, (1,), x, out, scratch * 0, N=128, BARRIER=False)
-    assert kinds(found) == {"global-race"}
-    assert "another thread" in found[0].detail
+    assert kinds(found) == {"race"}
+    assert "debug_barrier" in remedy(found[0])
+
+
+def test_a_line_is_one_finding_whose_launches_are_counted() -> None:
+    """Eight elements of a thread are two instructions of a line."""
+    out, scratch = torch.zeros(1024), torch.zeros(1024)
+    first = launch(turned, (1,), torch.randn(1024), out, scratch, N=1024, BARRIER=False)
+    assert len(first) > 1
+    assert summary(first).count("race: ") == 1
+    assert "launches" not in summary(first)
+    again = launch(turned, (1,), torch.randn(1024), out, scratch, N=1024, BARRIER=False)
+    assert "in 2 launches" in summary([*first, *again])
 
 
 @triton.jit

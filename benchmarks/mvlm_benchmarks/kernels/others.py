@@ -1,11 +1,12 @@
 """Instructions and bytes of Liger's and flash-attn's Triton kernels, beside ours of the same shapes. No GPU is needed.
 
-    python -m mvlm_benchmarks.kernels.others --liger FOLDER --flash-attn FOLDER [--json FILE] [--arch sm_90]
+    python -m mvlm_benchmarks.kernels.others [--liger FOLDER] [--flash-attn FOLDER] [--json FILE] [--arch sm_90]
 
-The folders have the packages `liger_kernel` and `flash_attn`: that of `pip install --no-deps --target FOLDER
-liger-kernel`, and an unpacked source distribution or checkout of flash-attn. Both are counted as
-:mod:`mvlm_benchmarks.kernels.bounds` and :mod:`mvlm_benchmarks.kernels.traffic` count ours. Of flash-attn's numbers of
-warps, among which its tuner chooses by time, the one with fewest instructions counts.
+A library without a folder is left out. The folders have the packages `liger_kernel` and `flash_attn`: that of
+`pip install --no-deps --target FOLDER liger-kernel`, and an unpacked source distribution or checkout of flash-attn.
+Both are counted as :mod:`mvlm_benchmarks.kernels.bounds` and
+:mod:`mvlm_benchmarks.kernels.traffic` count ours. Of flash-attn's numbers of warps, among which its tuner chooses by
+time, the one with fewest instructions counts.
 
 A *value* is one of a row that is normed, or of a query or key that is rotated. Sums of partial gradients, which the
 others leave to torch, count by their bytes alone. Bytes of atomics do not count.
@@ -283,13 +284,21 @@ def loops(numbers: dict[str, Any], grid: tuple[int, ...], meta: dict[str, Any]) 
     return (rows / grid[0],) if rows and "rows_per_program" in numbers else ()
 
 
-def load(liger: Path, flash_attn: Path) -> None:
-    """Import the kernels of both packages without a GPU, and without flash-attn's compiled part, into KERNELS."""
+def load(liger: Path | None, flash_attn: Path | None) -> list[Peer]:
+    """Import the kernels of these packages without a GPU, without flash-attn's compiled part, and return the peers."""
+    if liger is not None:
+        sys.path.append(str(liger))
+        KERNELS.update((name, importlib.import_module(name)) for name in OF_LIGER)
+    if flash_attn is not None:
+        load_flash_attn(flash_attn)
+    loaded = {"Liger": liger, "flash-attn": flash_attn}
+    return [peer for peer in PEERS if loaded[peer.name] is not None]
+
+
+def load_flash_attn(folder: Path) -> None:
     package = types.ModuleType("flash_attn")
-    package.__path__ = [str(flash_attn / "flash_attn")]  # its __init__ would import the compiled part
+    package.__path__ = [str(folder / "flash_attn")]  # its __init__ would import the compiled part
     properties = types.SimpleNamespace(warp_size=32, multi_processor_count=MULTIPROCESSORS)
-    sys.path.append(str(liger))
-    KERNELS.update((name, importlib.import_module(name)) for name in OF_LIGER)
     sys.modules["flash_attn"] = package
     with (
         unittest.mock.patch.object(torch.cuda, "current_device", return_value=0),
@@ -329,10 +338,10 @@ def moved(peer: Peer, batch: int) -> dict[str, int]:
     return found
 
 
-def bytes_of_a_value() -> list[dict[str, dict[str, float]]]:
+def bytes_of_a_value(peers: list[Peer]) -> list[dict[str, dict[str, float]]]:
     """Bytes of theirs and of ours by pass, of each peer at the table's batch."""
     found = []
-    for peer in PEERS:
+    for peer in peers:
         values = traffic.BATCH * ROWS * peer.of_a_token
         few, more = (moved(peer, batch) for batch in SAMPLES)
         theirs = traffic.extrapolated(tuple(few.values()), tuple(more.values()), SAMPLES)
@@ -356,11 +365,11 @@ def fewest(launched: list[Launch], warps: tuple[int, ...], arch: str, compiler: 
     return min(counts, key=lambda count: (count["spilled"] > 0, count["instructions"]))
 
 
-def rows(archs: list[int], moved: list[dict[str, dict[str, float]]]) -> Iterator[dict[str, Any]]:
+def rows(peers: list[Peer], archs: list[int], moved: list[dict[str, dict[str, float]]]) -> Iterator[dict[str, Any]]:
     """One row for each pass of each peer."""
     from mvlm_kernels.aot import compile_launch  # it takes TRITON_INTERPRET out of the environment
 
-    for peer, of_bytes in zip(PEERS, moved, strict=True):
+    for peer, of_bytes in zip(peers, moved, strict=True):
         values = traffic.BATCH * ROWS * peer.of_a_token
         theirs, case = peer.launches(traffic.BATCH, "meta"), peer.ours(traffic.BATCH)
         for name in theirs:
@@ -379,15 +388,17 @@ def main() -> None:
         prog="python -m mvlm_benchmarks.kernels.others", description=(__doc__ or "").split("\n")[0]
     )
     archs = list(dict.fromkeys(gpu.arch for gpu in GPUS.values()))
-    parser.add_argument("--liger", type=Path, required=True, help="folder with the package liger_kernel")
-    parser.add_argument("--flash-attn", type=Path, required=True, help="folder with the package flash_attn")
+    parser.add_argument("--liger", type=Path, help="folder with the package liger_kernel")
+    parser.add_argument("--flash-attn", type=Path, help="folder with the package flash_attn")
     parser.add_argument("--arch", action="append", choices=[f"sm_{arch}" for arch in archs], help="may be repeated")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--bytes", action="store_true", help="only count bytes, and print them as JSON")
     options = parser.parse_args()
-    load(options.liger, options.flash_attn)
+    if options.liger is None and options.flash_attn is None:
+        parser.error("no folder of a library is given: --liger or --flash-attn")
+    peers = load(options.liger, options.flash_attn)
     if options.bytes:
-        print(json.dumps(bytes_of_a_value()))
+        print(json.dumps(bytes_of_a_value(peers)))
         return
     command = [sys.executable, "-m", "mvlm_benchmarks.kernels.others", *sys.argv[1:], "--bytes"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -395,7 +406,7 @@ def main() -> None:
     chosen = [arch for arch in archs if not options.arch or f"sm_{arch}" in options.arch]
     found = []
     print(f"{'what':40} {'pass':9} {'whose':11} {'bytes':>6}  instructions a value by architecture; ours, theirs")
-    for row in rows(chosen, counted):
+    for row in rows(peers, chosen, counted):
         found.append(row)
         counts = ", ".join(
             f"{arch}: {count['ours']['of_a_value']} {count['theirs']['of_a_value']}"
@@ -407,7 +418,8 @@ def main() -> None:
         import triton
 
         versions = {"triton": triton.__version__}
-        versions |= {of.metadata["Name"]: of.version for of in metadata.distributions(path=[str(options.liger)])}
+        if options.liger is not None:
+            versions |= {of.metadata["Name"]: of.version for of in metadata.distributions(path=[str(options.liger)])}
         options.json.write_text(json.dumps({"versions": versions, "rows": found}, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Report of a swap in someone else's model: the swapped parts, and the calls of them that the op computes."""
+"""Report of a swap in a model: the swapped parts, and the calls that the kernels compute."""
 
 import copy
 from collections import Counter
@@ -12,6 +12,7 @@ import torch
 from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention import why_not_triton
 from mvlm_kernels.dispatch import Refusal, refusal
+from mvlm_kernels.layers import AddLayerNorm, CrossAttention, GeluLinear
 
 ALREADY_SWAPPED = refusal("it is swapped already", "undo the earlier swap first")
 # accelerate puts its hooks on a module so. Such a forward would run in place of ours, or be lost.
@@ -79,6 +80,8 @@ class SwapReport:
             + (f": {part.reason or part.fused}" if part.reason or part.fused else "")
             for part in self.parts
         ]
+        if any(part.fused for part in self.swapped):
+            lines.append("all else runs its own code, such as attention, SwiGLU and the last residual sum of a block")
         return "\n".join(lines or [f"nothing to swap: {ELSEWHERE}"])
 
 
@@ -148,7 +151,7 @@ def _kernel_reasons(
 
 @dataclass(frozen=True)
 class OpCall:
-    """One call of a swapped module.
+    """One call of a swapped module, or of a layer of :mod:`mvlm_kernels.layers`.
 
     path: name of the module in the model. kind: its class. op: what computes the call, if a kernel runs. shape: that of
     the op's first tensor. reasons: why the library's own code runs; empty if a kernel does.
@@ -163,7 +166,7 @@ class OpCall:
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """Calls of the swapped modules of a model for given inputs, in their order; see :func:`explain_model`.
+    """Calls of a model's swapped modules and of our layers, in their order; see :func:`explain_model`.
 
     ``str(..)`` has equal calls on one line. kept: parts that a swap leaves as they are, each with a reason.
     """
@@ -226,18 +229,27 @@ def note(
     listener.calls.append(OpCall(path, type(module).__name__, op.__name__, tuple(args[0].shape), reasons))
 
 
+def _note_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Record the op's call of a layer of :mod:`mvlm_kernels.layers`."""
+    given = layer.op_arguments(*args, **kwargs)
+    note(layer, given.op, [], *given.args, **given.kwargs)
+
+
 def explain_swapped(
     model: torch.nn.Module, inputs: Any, as_if: str | None, kept: tuple[Part, ...] = ()
 ) -> ModelExplanation:
-    """Run a swapped model once, without gradients, and explain the calls of its swapped modules.
+    """Run a model once, without gradients, and explain the calls of its swapped modules and of our layers.
 
     Args:
+        model: gets hooks; give a copy.
         inputs: a tensor, the arguments of the model in a tuple or list, or its keywords in a mapping.
         as_if: a GPU such as "sm_90", on which the ops would get these tensors; None for the device of the tensors.
     """
     global _listener
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     before, _listener = _listener, _Listener(model, as_if)
+    for layer in (x for x in model.modules() if isinstance(x, AddLayerNorm | CrossAttention | GeluLinear)):
+        layer.register_forward_pre_hook(_note_layer, with_kwargs=True)
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             if isinstance(inputs, Mapping):

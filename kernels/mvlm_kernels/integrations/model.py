@@ -1,4 +1,4 @@
-"""Explanation of a model of timm or transformers: which calls the kernels would compute after a swap."""
+"""Explanation of a model: which calls the kernels compute, or would after a swap."""
 
 import copy
 import sys
@@ -12,7 +12,9 @@ from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, ModelExplanation, S
 
 
 def explain_model(model: nn.Module, inputs: Any, *, as_if: str | None = None) -> ModelExplanation:
-    """Explain which calls of a model of timm or transformers the kernels compute, for these inputs.
+    """Explain which calls of a model the kernels compute, for these inputs.
+
+    The model is one of timm or transformers, or has layers of :mod:`mvlm_kernels.layers`.
 
     A copy of the model runs once, without gradients, on the device of its weights; the model stays as it is. If nothing
     in it is swapped, everything that can be is swapped in the copy.

@@ -97,14 +97,23 @@ class GatherPatchEmbed(PatchEmbed):
         return self.norm(tokens)
 
     def _check_range(self, x: Tensor) -> None:
-        """Warn once of floating images that :func:`swap` normalises and that are not in 0..1: normalised before, say.
+        """Warn once of images whose values are not those that the weights expect.
 
-        On a GPU, whose host would wait for the numbers, the first images alone are looked at.
+        Floating images that :func:`swap` normalises have to be in 0..1; on a GPU, whose host would wait for the
+        numbers, the first ones alone are looked at. Of uint8 images, of which nobody else can have normalised the
+        values, mean and std have to be known.
         """
         normalises = self.mean is not None or self.std is not None
-        if self.range_is_known or not normalises or not x.is_floating_point() or not x.numel():
+        if self.range_is_known or x.is_floating_point() != normalises or not x.numel():
             return
         if not registration.called_directly(x) or x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if not normalises:
+            self.range_is_known = True
+            warnings.warn(
+                "uint8 images are read as x / 255 and not normalised: give the model's mean and std to swap()",
+                stacklevel=2,
+            )
             return
         low, high = (float(value) for value in x.detach().aminmax())
         outside = low < 0 or high > 1
@@ -188,7 +197,8 @@ def swap(
     """Make every patch embedding of a timm model a :class:`GatherPatchEmbed`, in place.
 
     The modules stay the same objects: parameters, hooks and the state dict do not change. mean, std: one value for each
-    channel, in the units of pixels in 0..1; ValueError for those of pixels in 0..255. The report lists each module that
+    channel, in the units of pixels in 0..1; ValueError for those of pixels in 0..255. Without them uint8 images are
+    divided by 255 alone, with a warning. The report lists each module that
     is a ``PatchEmbed`` or is named ``patch_embed``.
     """
     if any(isinstance(given, int | float) for given in (mean, std)):

@@ -135,7 +135,7 @@ class GlobalMemory:
         inside = addresses + np.uint64(total) <= ends
         if (good & ~inside).any():
             bad = np.flatnonzero(good & ~inside)
-            described = f"{verb} of {total} bytes: {self._describe(int(addresses[bad[0]]))}"
+            described = f"{verb} of {total} bytes: {self._describe(int(addresses[bad[0]]), total)}"
             self.m.find("out-of-bounds", ins, f"{described}, by {self._thread(lanes, int(bad[0]))}", len(bad))
         for i in np.unique(which[good & inside]):
             yield self.allocations[int(i)], np.flatnonzero(good & inside & (which == i))
@@ -144,14 +144,15 @@ class GlobalMemory:
         at = bisect_right(self.starts, address) - 1
         return self.allocations[at] if at >= 0 and address < self.allocations[at].end else None
 
-    def _describe(self, address: int) -> str:
+    def _describe(self, address: int, total: int) -> str:
         if not self.allocations:
             return f"address {address:#x}; the launch has no tensors"
         near = min(self.allocations, key=lambda x: x.gap(address))
-        before = address < near.start
-        beyond = near.start - address if before else address - near.end
-        side = "before the start of" if before else "past the end of"
-        return f"address {address:#x} is {beyond} bytes {side} {near.name} ({near.end - near.start} bytes)"
+        if address < near.start:
+            side = f"starts {near.start - address} bytes before the start of"
+        else:
+            side = f"ends {address + total - near.end} bytes past the end of"
+        return f"it {side} {near.name} ({near.end - near.start} bytes)"
 
     def _who(self, lanes: Lanes, chosen: Any) -> tuple[np.ndarray, np.ndarray]:
         """CTA of the grid and thread of each chosen lane; thread -1 where a whole CTA goes to one address."""

@@ -1,4 +1,7 @@
-"""Races in global memory: two accesses of a launch to one element, of which one stores, with nothing between them."""
+"""Races in global memory: two accesses of a launch to one element, of which one stores, with nothing between them.
+
+``global-race`` is between CTAs, ``race`` between threads of one CTA without a barrier.
+"""
 
 from typing import Any, NamedTuple
 
@@ -51,20 +54,19 @@ def check(
     def place(hit: np.ndarray) -> str:
         k = int(np.argwhere(hit)[0][0])
         byte = int(offsets[k]) + allocation.base - allocation.start
-        return f"at {allocation.name}[byte {byte}], thread {int(thread[k])} of CTA {int(cta[k])}"
+        by = f"CTA {int(cta[k])}"
+        return f"at {allocation.name}[byte {byte}], by " + (by if thread[k] < 0 else f"thread {int(thread[k])} of {by}")
 
     for what, hit, other in between_ctas:
         if hit.any():
             theirs = int(other[tuple(np.argwhere(hit)[0])]) - 1
             by = f"CTA {theirs}" if theirs >= 0 else "several CTAs"
-            machine.find(
-                "global-race", ins, f"{what} by another CTA of the launch ({by}) {place(hit)}", int(hit.any(1).sum())
-            )
+            machine.find("global-race", ins, f"{what} by another CTA ({by}) {place(hit)}", int(hit.any(1).sum()))
             break
     for what, hit in inside_ctas:
         if hit.any():
             text = f"{what} by another thread of the CTA with no barrier in between {place(hit)}"
-            machine.find("global-race", ins, text, int(hit.any(1).sum()))
+            machine.find("race", ins, text, int(hit.any(1).sum()))
             break
 
 

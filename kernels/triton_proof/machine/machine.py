@@ -154,7 +154,7 @@ class Machine:
             self._found[key].count += count
         else:
             text, where = ("", ()) if ins is None else (ins.text, ins.where)
-            self._found[key] = Finding(kind, self.program.name, where, text, detail, count)
+            self._found[key] = Finding(kind, self.program.name, where, text, detail, count, self.launch)
 
     def count_block(self, classes: dict[str, int], mask: Mask) -> None:
         """Count the instructions of a basic block, by class, for the active warps."""

@@ -12,6 +12,7 @@ from mvlm_kernels import explain_model
 from mvlm_kernels.integrations.blocks import swap_blocks
 from mvlm_kernels.integrations.calls import ModelExplanation
 from mvlm_kernels.integrations.transformers import swap
+from mvlm_kernels.layers import AddLayerNorm, CrossAttention, GeluLinear
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 IDS, EXISTS = torch.zeros(2, 9, dtype=torch.long), (torch.arange(9) < torch.tensor([[9], [4]])).long()
@@ -86,3 +87,28 @@ def test_a_model_without_known_parts_has_no_calls():
     assert "no module is swapped" in str(found)
     with pytest.raises(ValueError, match="as_if"):
         explain_model(bert(), TEXTS, as_if="H100")
+
+
+class OwnBlock(nn.Module):
+    """A block of someone's own model, made of our layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = AddLayerNorm(64, kind="rms"), CrossAttention(64, 4)
+        self.up, self.down = nn.Linear(64, 256), GeluLinear(256, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, normed = self.norm(x)
+        x, normed = self.norm(x, self.attention(normed))
+        return x + self.down(self.up(normed))
+
+
+def test_layers_of_a_model_of_ones_own_are_explained():
+    model = OwnBlock().bfloat16()
+    x = torch.randn(2, 17, 64, dtype=torch.bfloat16)
+    found = explain_model(model, x, as_if="sm_90")
+    assert ops(found) == [
+        ("add_layer_norm", True), ("cross_attention", True), ("add_layer_norm", True), ("gelu_linear", True)
+    ]  # fmt: skip
+    assert [call.path for call in found.calls] == ["norm", "attention", "norm", "down"]
+    assert not ops(explain_model(nn.Linear(64, 4), torch.randn(2, 64), as_if="sm_90"))

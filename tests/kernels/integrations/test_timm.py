@@ -134,6 +134,17 @@ def test_floats_that_were_normalised_before_are_warned_of_once():
         model(normalised(images))
 
 
+def test_pixels_that_nobody_normalises_are_warned_of_once():
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    model = swapped_vit()
+    with pytest.warns(UserWarning, match="mean and std"):
+        model(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images)
+        swap_patch_embed(small_vit(), mean=MEAN, std=STD)(images)
+
+
 def test_refusals():
     for values in ({"mean": (123.7, 116.3, 103.5)}, {"std": (58.4, 57.1, 57.4)}):
         with pytest.raises(ValueError, match=f"{next(iter(values))} must be that of pixels in 0..1"):

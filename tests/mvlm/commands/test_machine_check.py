@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import mvlm_kernels
 from mvlm.commands import machine_check
 from mvlm.commands.machine_check import Finding
 from mvlm.training import run as training
@@ -46,6 +47,13 @@ def test_doctor_needs_no_validation_split(run_mvlm, tmp_path, monkeypatch):
     done = run_mvlm("doctor", "--data", write_scenes(tmp_path / "other", {"test": 4}), "--out", tmp_path)
     assert done.code == 1
     assert done.out[-1].startswith("red    shards")
+
+
+def test_every_fused_op_has_a_row():
+    """`contrastive_terms` is computed within the loss."""
+    helpers = {"explain", "explain_model", "use_backend", "pack_key_mask", "contrastive_terms"}
+    rows = {finding.name for finding in machine_check.kernels(torch.device("cpu")) if finding.state == "green"}
+    assert rows == {name for name in mvlm_kernels.__all__ if name.islower()} - helpers
 
 
 def test_doctor_suggests_a_preset_by_the_number_of_pairs():
