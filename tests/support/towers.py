@@ -179,6 +179,7 @@ def section(rows: list[dict[str, str]]) -> str:
 makes this section and [a table of each model](../../benchmarks/results/towers-timm.csv).
 
 {len(rows) - refused.total()} of {len(rows)} models are towers. Each was built with two layers and random weights.
+*row 0*: the feature of the whole image, in front of those of its patches.
 *equal*: features, with masked patches and without, are those of timm's own forward pass, within 1e-5 of the largest.
 *shape*: wider than {MOST_WIDTH:,}, so only the shape was compared.
 
