@@ -89,7 +89,12 @@ def parallelize(
         return Parallel(model, call, call, world.device)
     if kind == "ddp":
         devices = [world.device] if world.device.type == "cuda" else None
-        last = DistributedDataParallel(call, device_ids=devices, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
+        # The sum over more than two ranks rounds by a gradient's place in its bucket. Without this setting DDP makes new
+        # buckets after the first step of a process, and a resumed run would differ in its last bits.
+        last = DistributedDataParallel(
+            call, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=True, **_KEEP_BUFFERS
+        )
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
         return Parallel(model, call, last, world.device)
     # Keys and values are views of one product. The warning is about in-place changes of such views; there are none.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
