@@ -89,7 +89,7 @@ def parallelize(
         return Parallel(model, call, call, world.device)
     if kind == "ddp":
         devices = [world.device] if world.device.type == "cuda" else None
-        # The sum over more than two ranks rounds by a gradient's place in its bucket. Without this setting DDP makes new
+        # A sum over more than two ranks rounds by a gradient's place in its bucket. Without this setting DDP makes new
         # buckets after the first step of a process, and a resumed run would differ in its last bits.
         last = DistributedDataParallel(
             call, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=True, **_KEEP_BUFFERS
