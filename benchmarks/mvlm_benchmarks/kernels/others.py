@@ -4,9 +4,8 @@
 
 A library without a folder is left out. The folders have the packages `liger_kernel` and `flash_attn`: that of
 `pip install --no-deps --target FOLDER liger-kernel`, and an unpacked source distribution or checkout of flash-attn.
-Both are counted as :mod:`mvlm_benchmarks.kernels.bounds` and
-:mod:`mvlm_benchmarks.kernels.traffic` count ours. Of flash-attn's numbers of warps, among which its tuner chooses by
-time, the one with fewest instructions counts.
+Both are counted as :mod:`mvlm_benchmarks.kernels.bounds` and :mod:`mvlm_benchmarks.kernels.traffic` count ours. Of
+flash-attn's numbers of warps, among which its tuner chooses by time, the one with fewest instructions counts.
 
 A *value* is one of a row that is normed, or of a query or key that is rotated. Sums of partial gradients, which the
 others leave to torch, count by their bytes alone. Bytes of atomics do not count.
@@ -285,7 +284,7 @@ def loops(numbers: dict[str, Any], grid: tuple[int, ...], meta: dict[str, Any]) 
 
 
 def load(liger: Path | None, flash_attn: Path | None) -> list[Peer]:
-    """Import the kernels of these packages without a GPU, without flash-attn's compiled part, and return the peers."""
+    """Import the kernels of these packages into KERNELS, and return the peers that they have."""
     if liger is not None:
         sys.path.append(str(liger))
         KERNELS.update((name, importlib.import_module(name)) for name in OF_LIGER)
@@ -296,6 +295,7 @@ def load(liger: Path | None, flash_attn: Path | None) -> list[Peer]:
 
 
 def load_flash_attn(folder: Path) -> None:
+    """Import flash-attn's Triton kernels into KERNELS, as on a GPU of MULTIPROCESSORS."""
     package = types.ModuleType("flash_attn")
     package.__path__ = [str(folder / "flash_attn")]  # its __init__ would import the compiled part
     properties = types.SimpleNamespace(warp_size=32, multi_processor_count=MULTIPROCESSORS)
